@@ -1,0 +1,129 @@
+"""Heuristic launch configurations: pure functions of extents, element size and device, no timing, no compilation.
+
+The thresholds come from arithmetic (registers per thread, CTAs per SM, bytes in flight) and from reading compiled
+code for sm_90; none has been tuned on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+DEFAULT_MULTIPROCESSORS = 132  # H100 and H200; used where there is no CUDA device to ask
+MAX_PARTIALS = 1024  # partials the finishing program loads per step
+
+
+@dataclass(frozen=True)
+class FlatConfig:
+    """Launch of a kernel over n consecutive elements.
+
+    Attributes:
+        block: elements per tile, a power of two.
+        num_warps: warps per program.
+        programs: size of the grid; for reductions at most what the device holds at once.
+        block_parts: partials combined per step by the finishing program of a reduction.
+    """
+
+    block: int
+    num_warps: int
+    programs: int = 0
+    block_parts: int = 1
+
+
+@dataclass(frozen=True)
+class TiledConfig:
+    """Launch of a kernel over tiles (rows, lanes) per channel, or per block of channels.
+
+    Attributes:
+        groups: channels, or blocks of channels when the channel is innermost.
+        parts: programs that share the tiles of one group.
+        block_rows: rows per tile.
+        block_lanes: run elements (or channels) per tile.
+        num_warps: warps per program.
+        block_parts: parts combined per step by the finishing program of a reduction.
+        block_channels: channels combined per step by the finishing program of a reduction.
+    """
+
+    groups: int
+    parts: int
+    block_rows: int
+    block_lanes: int
+    num_warps: int
+    block_parts: int = 1
+    block_channels: int = 1
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Number of streaming multiprocessors of a CUDA device; H200's for any other device."""
+    if device.type != "cuda":
+        return DEFAULT_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _power_of_two_above(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=1024)
+def flat_reduction(n: int, device: torch.device) -> FlatConfig:
+    """Per-tensor reduction of n elements: a grid that stays resident and loops.
+
+    A tile of 4096 float32 over 8 warps is 16 values, four 16-byte loads, per thread; with two accumulators that is
+    about 60 to 80 registers, so four programs fit on a multiprocessor and the whole grid runs in one wave.
+    """
+    block = min(4096, max(128, _power_of_two_above(n)))
+    programs = max(1, min(-(-n // block), 4 * multiprocessors(device), MAX_PARTIALS))
+    warps = 8 if block >= 2048 else 4
+    # A grid of one needs no loop over partials; all others share one size, so that the grid never causes a compilation.
+    return FlatConfig(block, warps, programs, 1 if programs == 1 else MAX_PARTIALS)
+
+
+@lru_cache(maxsize=1024)
+def flat_elementwise(n: int, itemsize: int) -> FlatConfig:
+    """Per-tensor elementwise kernel: one tile per program, 16 to 32 bytes per thread and operand."""
+    block = 1024 if itemsize == 4 else 2048
+    block = min(block, max(128, _power_of_two_above(n)))
+    return FlatConfig(block, num_warps=4)
+
+
+def _tile(n_rows: int, run: int, channels: int, channel_innermost: bool, elements: int) -> TiledConfig:
+    """One part per group, with a tile of at most `elements`: long in the fast direction, no longer than the data."""
+    if channel_innermost:
+        # 128 lanes keep the accesses of a warp together and leave rows that share the channels' qparams.
+        lanes = min(_power_of_two_above(channels), 128)
+        groups = -(-channels // lanes)
+    else:
+        lanes = min(_power_of_two_above(run), elements)
+        groups = channels
+    rows = min(max(elements // lanes, 1), _power_of_two_above(n_rows))
+    return TiledConfig(groups, 1, rows, lanes, num_warps=8 if rows * lanes >= 2048 else 4)
+
+
+def _with_parts(config: TiledConfig, n_rows: int, run: int, channel_innermost: bool, programs: int) -> TiledConfig:
+    """Split every group over enough parts to reach about `programs` programs, one tile per part at least."""
+    tiles = -(-n_rows // config.block_rows) * (1 if channel_innermost else -(-run // config.block_lanes))
+    return replace(config, parts=max(1, min(tiles, programs // config.groups, 65535)))
+
+
+@lru_cache(maxsize=1024)
+def tiled_reduction(n_rows: int, run: int, channels: int, channel_innermost: bool, device: torch.device) -> TiledConfig:
+    """Per-channel (or strided) reduction: enough parts per channel to fill the device once."""
+    config = _tile(n_rows, run, channels, channel_innermost, 2048)
+    config = _with_parts(config, n_rows, run, channel_innermost, 4 * multiprocessors(device))
+    return replace(
+        config,
+        block_parts=1 if config.parts == 1 else 32,
+        block_channels=min(_power_of_two_above(channels), 1024 if config.parts == 1 else 64),
+    )
+
+
+@lru_cache(maxsize=1024)
+def tiled_elementwise(
+    n_rows: int, run: int, channels: int, channel_innermost: bool, device: torch.device, itemsize: int
+) -> TiledConfig:
+    """Per-channel (or strided) elementwise kernel: several resident waves, so that a slow program hides."""
+    config = _tile(n_rows, run, channels, channel_innermost, 1024 if itemsize == 4 else 2048)
+    return _with_parts(config, n_rows, run, channel_innermost, 32 * multiprocessors(device))

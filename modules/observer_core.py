@@ -1,0 +1,140 @@
+"""What the min/max observers do, independent of whose base classes they stand on.
+
+torch.ao and torchao have unrelated base classes, and each prepare/convert flow checks for its own. So the behaviour
+lives in the mixins here, and thin faces (`qkernels.modules.minmax`) put them in front of a stock class: constructor,
+persistent buffers, state_dict and repr come from the stock class, everything that runs in `forward` from here.
+Dynamo skips code defined in torch.ao, so one inherited call on that path would break the graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.ops import observe_minmax_
+from qkernels.ops.qparams import choose_qparams_by_rule
+from qkernels.ops.qparams_rules import observer_symmetric_zero_point, rule_of
+
+_NOT_OBSERVED = "must run observer before calling calculate_qparams. Returning default values."
+
+
+def give_shape(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the contents of a buffer by a value of another shape.
+
+    Eager calls keep the buffer object, which DDP and others may hold. A compiled graph cannot: resize_ and set_ break
+    it, and mutating what .data was assigned is refused, so there the attribute is bound to the new tensor.
+    """
+    if torch.compiler.is_compiling():
+        setattr(module, name, value)
+    else:
+        getattr(module, name).data = value
+
+
+class MinMaxCore(nn.Module):
+    """Running min and max over everything, as MinMaxObserver and MovingAverageMinMaxObserver keep them.
+
+    The stock class in front of which this stands provides `min_val`, `max_val`, `eps`, `quant_min`, `quant_max`,
+    `dtype`, `qscheme` and `has_customized_qrange`.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    eps: Tensor
+    quant_min: int
+    quant_max: int
+    averaging_constant: float | None = None  # weight of a new batch; None keeps the extremes of all batches
+    observed_axis: int | None = None  # channel axis of the statistics; None is per tensor
+
+    def _init_core(self) -> None:
+        """Derive what forward needs. Called by a face after the stock constructor."""
+        self.qparams_rule = rule_of(self.qscheme)
+        self.symmetric_zero_point = observer_symmetric_zero_point(
+            self.dtype, self.quant_min, self.quant_max, self.has_customized_qrange
+        )
+        # Arrival counter of the kernel: 0 between launches. Owned by this observer, so that two streams, or a
+        # replayed CUDA graph and eager work, never count on the same one.
+        self.register_buffer("workspace", torch.zeros(1, dtype=torch.int32, device=self.min_val.device), False)
+
+    def prepare_state(self, x: Tensor) -> None:
+        """Give the statistics their shape for x. Per tensor they have it already."""
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Record the min and max of `x_orig` and return it unchanged. An empty input leaves the state as it is.
+
+        Integer input is converted to the dtype of the statistics first, as in torch.ao.
+        """
+        if x_orig.numel() == 0:
+            return x_orig
+        x = x_orig.detach()
+        if not x.is_floating_point():
+            x = x.to(self.min_val.dtype)
+        self.prepare_state(x)
+        observe_minmax_(
+            x, self.min_val, self.max_val, self.averaging_constant, self.observed_axis, None, self.workspace
+        )
+        return x_orig
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for the range seen so far.
+
+        Returns:
+            (scale, zero_point), shape (1,) or (C,). Before the first batch: 1 and 0, with a warning. Eager calls read
+            one flag on the host to find that out; compiled calls do not, and give 1 and 0 without a warning.
+
+        Raises:
+            AssertionError: min exceeds max, as torch.ao raises it.
+        """
+        if not torch.compiler.is_compiling() and not self._observed():
+            warnings.warn(_NOT_OBSERVED, stacklevel=2)
+            device = self.min_val.device
+            return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
+        return choose_qparams_by_rule(
+            self.min_val,
+            self.max_val,
+            self.quant_min,
+            self.quant_max,
+            self.qparams_rule,
+            self.symmetric_zero_point,
+            self.eps,
+        )
+
+    def _observed(self) -> bool:
+        low, high = self.min_val, self.max_val
+        if low.numel() == 0 or high.numel() == 0:
+            return False
+        if not torch.any(low > high):
+            return True
+        if low.ndim == 0 and low == float("inf") and high == float("-inf"):
+            return False
+        raise AssertionError(f"min {low} should be less than max {high}")
+
+    def reset_min_max_vals(self) -> None:
+        """Forget everything seen, in place."""
+        self.min_val.fill_(float("inf"))
+        self.max_val.fill_(float("-inf"))
+        self.workspace.zero_()
+
+
+class PerChannelMinMaxCore(MinMaxCore):
+    """Running min and max per channel. The statistics have no elements before the first batch, then C."""
+
+    ch_axis: int
+
+    def _init_core(self) -> None:
+        super()._init_core()
+        self.observed_axis = self.ch_axis
+
+    def prepare_state(self, x: Tensor) -> None:
+        """Give the statistics one element per channel of x, at the first batch."""
+        if self.min_val.numel() == 0 or self.max_val.numel() == 0:
+            channels = (x.shape[self.ch_axis],)
+            give_shape(self, "min_val", self.min_val.new_full(channels, float("inf")))
+            give_shape(self, "max_val", self.max_val.new_full(channels, float("-inf")))
+
+    def reset_min_max_vals(self) -> None:
+        """Forget everything seen, the number of channels too."""
+        give_shape(self, "min_val", self.min_val.new_empty(0))
+        give_shape(self, "max_val", self.max_val.new_empty(0))
+        self.workspace.zero_()

@@ -1,0 +1,35 @@
+"""qkernels: Triton kernels for quantization statistics and quantization-aware training on PyTorch.
+
+The public face. Importing it is cheap: sub-packages load on first use (PEP 562), Triton on the first CUDA tensor,
+torch.ao when `qkernels.modules` is first touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+# In a checkout the sub-packages `ops`, `modules` and `autotune` lie beside this folder; an install puts them inside it.
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "ops").is_dir() and (_HERE.parent / "pyproject.toml").is_file():
+    __path__.append(str(_HERE.parent))
+
+if TYPE_CHECKING:
+    from qkernels import autotune, modules, ops
+
+_SUBPACKAGES = ("autotune", "modules", "ops")
+
+__all__ = ["__version__", "autotune", "modules", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBPACKAGES})

@@ -1,0 +1,28 @@
+"""Launching: the right device, no contraction, and the version counters of what a kernel wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a Triton kernel on the device of its first tensor argument.
+
+    A direct Triton launch runs on the *current* device, so the device is switched when the tensors live on another.
+    FP contraction is off for every kernel: a fused multiply-add is written `fma` where it is meant, and nowhere else,
+    so that all targets round as the CPU does.
+    """
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, enable_fp_fusion=False, **options)
+    else:
+        kernel[grid](*args, enable_fp_fusion=False, **options)
+
+
+def mark_written(*tensors: torch.Tensor) -> None:
+    """Bump the version counters of tensors that a kernel wrote through raw pointers, as an in-place op would."""
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
