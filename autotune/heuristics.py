@@ -116,7 +116,7 @@ def tiled_reduction(n_rows: int, run: int, channels: int, channel_innermost: boo
     return replace(
         config,
         block_parts=1 if config.parts == 1 else 32,
-        block_channels=min(_power_of_two_above(channels), 1024 if config.parts == 1 else 64),
+        block_channels=min(_power_of_two_above(channels), 1024 if config.parts == 1 else 32),
     )
 
 

@@ -1,5 +1,6 @@
 """Fake quantizers with torch.ao's names, constructors, buffers and state_dicts, on torch.ao's base classes."""
 
+# The misc errors ignored below: stock classes narrow calculate_qparams(**kwargs) of their base, as these do.
 from __future__ import annotations
 
 from typing import Any
@@ -10,7 +11,7 @@ from qkernels.modules.fake_quant_core import FakeQuantizeCore, FusedMovingAvgCor
 from qkernels.modules.minmax import MovingAverageMinMaxObserver
 
 
-class FakeQuantize(FakeQuantizeCore, stock.FakeQuantize):
+class FakeQuantize(FakeQuantizeCore, stock.FakeQuantize):  # type: ignore[misc]
     """Observe a tensor and simulate its quantization in training.
 
     Takes the place of `torch.ao.quantization.FakeQuantize`: equal constructor, buffers, state_dict, qparams, output
@@ -43,7 +44,7 @@ class FakeQuantize(FakeQuantizeCore, stock.FakeQuantize):
         stock.FakeQuantize.__init__(self, observer, quant_min, quant_max, is_dynamic, **observer_kwargs)
 
 
-class FusedMovingAvgObsFakeQuantize(FusedMovingAvgCore, FakeQuantize, stock.FusedMovingAvgObsFakeQuantize):
+class FusedMovingAvgObsFakeQuantize(FusedMovingAvgCore, FakeQuantize, stock.FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
     """FakeQuantize with a moving-average min/max observer and the arithmetic of torch's fused operator.
 
     Takes the place of `torch.ao.quantization.FusedMovingAvgObsFakeQuantize`. Any channel axis and float dtype works,

@@ -1,5 +1,6 @@
 """Min/max observers with torch.ao's names, constructors, buffers and state_dicts, on torch.ao's base classes."""
 
+# The misc errors ignored below: stock classes narrow calculate_qparams(**kwargs) of their base, as these do.
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +13,7 @@ from qkernels.modules.observer_core import MinMaxCore, PerChannelMinMaxCore
 _EPS = torch.finfo(torch.float32).eps
 
 
-class MinMaxObserver(MinMaxCore, stock.MinMaxObserver):
+class MinMaxObserver(MinMaxCore, stock.MinMaxObserver):  # type: ignore[misc]
     """Observer of the smallest and largest value seen.
 
     Takes the place of `torch.ao.quantization.MinMaxObserver`: equal constructor, buffers, state_dict, qparams and
@@ -55,7 +56,7 @@ class MinMaxObserver(MinMaxCore, stock.MinMaxObserver):
         self._init_core()
 
 
-class MovingAverageMinMaxObserver(MinMaxObserver, stock.MovingAverageMinMaxObserver):
+class MovingAverageMinMaxObserver(MinMaxObserver, stock.MovingAverageMinMaxObserver):  # type: ignore[misc]
     """Observer of moving averages of each batch's smallest and largest value.
 
     Takes the place of `torch.ao.quantization.MovingAverageMinMaxObserver`; see `MinMaxObserver`.
@@ -94,7 +95,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver, stock.MovingAverageMinMaxObser
         self._init_core()
 
 
-class PerChannelMinMaxObserver(PerChannelMinMaxCore, stock.PerChannelMinMaxObserver):
+class PerChannelMinMaxObserver(PerChannelMinMaxCore, stock.PerChannelMinMaxObserver):  # type: ignore[misc]
     """Observer of the smallest and largest value seen in each channel.
 
     Takes the place of `torch.ao.quantization.PerChannelMinMaxObserver`; see `MinMaxObserver`. Any channel axis and
@@ -137,7 +138,7 @@ class PerChannelMinMaxObserver(PerChannelMinMaxCore, stock.PerChannelMinMaxObser
         self._init_core()
 
 
-class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver, stock.MovingAveragePerChannelMinMaxObserver):
+class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver, stock.MovingAveragePerChannelMinMaxObserver):  # type: ignore[misc]
     """Observer of moving averages of each batch's smallest and largest value in each channel.
 
     Takes the place of `torch.ao.quantization.MovingAveragePerChannelMinMaxObserver`; see `PerChannelMinMaxObserver`.

@@ -42,8 +42,12 @@ class MinMaxCore(nn.Module):
     min_val: Tensor
     max_val: Tensor
     eps: Tensor
+    dtype: torch.dtype
+    qscheme: torch.qscheme
     quant_min: int
     quant_max: int
+    has_customized_qrange: bool
+    workspace: Tensor
     averaging_constant: float | None = None  # weight of a new batch; None keeps the extremes of all batches
     observed_axis: int | None = None  # channel axis of the statistics; None is per tensor
 

@@ -16,7 +16,6 @@ from qkernels.ops.compositions import (
     fake_quantize_backward_composition,
     fake_quantize_composition,
     is_wide,
-    per_channel_float_zero_point,
 )
 
 Tensor = torch.Tensor
@@ -78,7 +77,7 @@ def fake_quantize_cpu(
     """The forward for checked arguments; axis in [0, x.ndim) or None."""
     if x.numel() == 0 or _is_off(enabled):
         return _with_strides_of(x, x.clone())
-    if per_channel_float_zero_point(zero_point, axis):
+    if axis is not None and zero_point.dtype.is_floating_point:
         y, _ = _float_zero_point(x, scale, zero_point, quant_min, quant_max, axis)
         return _with_strides_of(x, y)
     if is_wide(x, quant_min, quant_max):
@@ -111,7 +110,7 @@ def fake_quantize_backward_cpu(
     """The backward for checked arguments; axis in [0, x.ndim) or None."""
     if x.numel() == 0 or _is_off(enabled):
         return torch.empty_like(x).copy_(dy)
-    if per_channel_float_zero_point(zero_point, axis):
+    if axis is not None and zero_point.dtype.is_floating_point:
         _, mask = _float_zero_point(x, scale, zero_point, quant_min, quant_max, axis)
         return _with_strides_of(x, torch.where(mask & ~x.isnan(), dy, 0.0))
     if is_wide(x, quant_min, quant_max):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +77,46 @@ def _composition(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return scale.clone(), zero_point.clone()
 
 
+@lru_cache(maxsize=1)
+def _always_on() -> Tensor:
+    return torch.ones(1, dtype=torch.int64)
+
+
+def _by_torchs_fused_op(update: _Update) -> None:
+    """The per-tensor fused rules on the CPU: torch's own operator, shown only the batch's min and max.
+
+    Its arithmetic on scalars takes one call where the composition takes thirty.
+    """
+    on = _always_on() if update.enabled is None else update.enabled
+    assert update.averaging_constant is not None  # _check has seen to it for the fused rules
+    torch.fused_moving_avg_obs_fake_quant(
+        torch.stack(torch.aminmax(update.x.detach())).float(),
+        on,
+        on if update.qparams_enabled is None else update.qparams_enabled,
+        update.min_val,
+        update.max_val,
+        update.scale,
+        update.zero_point,
+        update.averaging_constant,
+        update.quant_min,
+        update.quant_max,
+        0,
+        symmetric_quant=update.rule == "fused_symmetric",
+    )
+
+
 def _aten(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     update = _check(_Update(*args, **kwargs))
+    state = update[1:4]
+    if (
+        update.fused
+        and update.axis is None
+        and update.x.numel() > 0
+        and all(t.dtype == torch.float32 for t in state)
+        and update.zero_point.dtype == torch.int32
+    ):
+        _by_torchs_fused_op(update)
+        return update.scale.clone(), update.zero_point.clone()
     if update.qparams_enabled is None and update.enabled is not None:
         if not update.enabled.item():  # a CPU tensor: no sync
             return update.scale.clone(), update.zero_point.clone()

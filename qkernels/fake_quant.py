@@ -22,7 +22,7 @@ import triton.language as tl
 from qkernels.autotune.heuristics import flat_elementwise, tiled_elementwise
 from qkernels.device_math import clamp_to_low, fma, is_on, rint, round_to, row_offset
 from qkernels.launch import launch
-from qkernels.layout import Flat, plan
+from qkernels.layout import Channels, Flat, plan
 
 
 @triton.jit
@@ -211,41 +211,42 @@ def launch_fake_quant(
     """
     operands = (out, x) if dy is None else (out, x, dy)
     layout = plan(tuple(x.shape), tuple(t.stride() for t in operands), axis)
+    tensors = (out, x, dy, scale, zero_point, enabled)
+    bounds = (float(quant_min), float(quant_max))
     float_zero_point = axis is not None and zero_point.dtype.is_floating_point
     if isinstance(layout, Flat):
-        config = flat_elementwise(layout.n, x.element_size())
-        launch(
-            _fake_quant_flat_kernel,
-            (triton.cdiv(layout.n, config.block),),
-            out,
-            x,
-            dy,
-            scale,
-            zero_point,
-            enabled,
-            layout.n,
-            float(quant_min),
-            float(quant_max),
-            FLOAT_ZERO_POINT=float_zero_point,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-        )
-        return
-    config = tiled_elementwise(
-        layout.n_rows, layout.run, layout.channels, layout.channel_innermost, x.device, x.element_size()
+        _launch_flat(layout, tensors, bounds, float_zero_point)
+    else:
+        _launch_tiled(layout, tensors, bounds, float_zero_point)
+
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _launch_flat(layout: Flat, tensors: Tensors, bounds: tuple[float, float], float_zero_point: bool) -> None:
+    config = flat_elementwise(layout.n, tensors[0].element_size())
+    launch(
+        _fake_quant_flat_kernel,
+        (triton.cdiv(layout.n, config.block),),
+        *tensors,
+        layout.n,
+        *bounds,
+        FLOAT_ZERO_POINT=float_zero_point,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
     )
+
+
+def _launch_tiled(layout: Channels, tensors: Tensors, bounds: tuple[float, float], float_zero_point: bool) -> None:
+    out = tensors[0]
+    inner = layout.channel_innermost
+    config = tiled_elementwise(layout.n_rows, layout.run, layout.channels, inner, out.device, out.element_size())
     vec = layout.vec
     row_strides = [tuple(stride // vec for stride in strides) for strides in layout.row_strides]
-    inner = layout.channel_innermost
     launch(
         _fake_quant_tiled_kernel,
         (config.groups, config.parts),
-        out,
-        x,
-        dy,
-        scale,
-        zero_point,
-        enabled,
+        *tensors,
         layout.rows,
         row_strides[0],
         row_strides[1],
@@ -255,8 +256,7 @@ def launch_fake_quant(
         layout.run // (1 if inner else vec),
         tuple(stride // (1 if inner else vec) for stride in layout.channel_strides),
         layout.run_strides,
-        float(quant_min),
-        float(quant_max),
+        *bounds,
         FLOAT_ZERO_POINT=float_zero_point,
         CHANNEL_INNERMOST=inner,
         VEC=vec,

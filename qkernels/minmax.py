@@ -20,7 +20,7 @@ import triton.language as tl
 from qkernels.autotune.heuristics import flat_reduction, tiled_reduction
 from qkernels.device_math import is_on, max_nan, min_nan, row_offset
 from qkernels.launch import launch
-from qkernels.layout import Flat, plan
+from qkernels.layout import Channels, Flat, plan
 from qkernels.qparams import NO_RULE, RuleArguments, qparams_of
 
 # How the running statistics take a batch's min and max.
@@ -260,43 +260,54 @@ def launch_minmax(
         workspace = torch.zeros(1, dtype=torch.int32, device=x.device)
     layout = plan(tuple(x.shape), (x.stride(),), axis, skip_repeats=True)
     if isinstance(layout, Flat):
-        config = flat_reduction(layout.n, x.device)
-        partials = torch.empty(2 * config.programs, dtype=torch.float32, device=x.device)
-        launch(
-            _minmax_flat_kernel,
-            (config.programs,),
-            x,
-            partials,
-            workspace,
-            layout.n,
-            stats,
-            UPDATE=update,
-            RULE=rule,
-            BLOCK=config.block,
-            BLOCK_P=config.block_parts,
-            num_warps=config.num_warps,
-        )
-        return
-    config = tiled_reduction(layout.n_rows, layout.run, layout.channels, layout.channel_innermost, x.device)
+        _launch_flat(layout, x, stats, update, rule, workspace)
+    else:
+        _launch_tiled(layout, x, stats, update, rule, workspace)
+
+
+def _launch_flat(
+    layout: Flat, x: torch.Tensor, stats: Statistics, update: str, rule: str | None, workspace: torch.Tensor
+) -> None:
+    config = flat_reduction(layout.n, x.device)
+    launch(
+        _minmax_flat_kernel,
+        (config.programs,),
+        x,
+        torch.empty(2 * config.programs, dtype=torch.float32, device=x.device),
+        workspace,
+        layout.n,
+        stats,
+        UPDATE=update,
+        RULE=rule,
+        BLOCK=config.block,
+        BLOCK_P=config.block_parts,
+        num_warps=config.num_warps,
+    )
+
+
+def _launch_tiled(
+    layout: Channels, x: torch.Tensor, stats: Statistics, update: str, rule: str | None, workspace: torch.Tensor
+) -> None:
+    inner = layout.channel_innermost
+    config = tiled_reduction(layout.n_rows, layout.run, layout.channels, inner, x.device)
     vec = layout.vec
-    partials = torch.empty(2 * config.parts * layout.channels, dtype=torch.float32, device=x.device)
     launch(
         _minmax_tiled_kernel,
         (config.groups, config.parts),
         x,
-        partials,
+        torch.empty(2 * config.parts * layout.channels, dtype=torch.float32, device=x.device),
         workspace,
         stats,
         layout.rows,
         tuple(stride // vec for stride in layout.row_strides[0]),
         layout.n_rows,
-        layout.channels // (vec if layout.channel_innermost else 1),
-        layout.channel_strides[0] // (1 if layout.channel_innermost else vec),
-        layout.run // (1 if layout.channel_innermost else vec),
+        layout.channels // (vec if inner else 1),
+        layout.channel_strides[0] // (1 if inner else vec),
+        layout.run // (1 if inner else vec),
         layout.run_strides[0],
         UPDATE=update,
         RULE=rule,
-        CHANNEL_INNERMOST=layout.channel_innermost,
+        CHANNEL_INNERMOST=inner,
         VEC=vec,
         BLOCK_R=config.block_rows,
         BLOCK_K=config.block_lanes,
