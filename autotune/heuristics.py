@@ -72,21 +72,22 @@ def flat_reduction(n: int, device: torch.device) -> FlatConfig:
     """Per-tensor reduction of n elements: a grid that stays resident and loops.
 
     A tile of 4096 float32 over 8 warps is 16 values, four 16-byte loads, per thread; with two accumulators that is
-    about 60 to 80 registers, so four programs fit on a multiprocessor and the whole grid runs in one wave.
+    about 64 registers, so four programs fit on a multiprocessor and the whole grid runs in one wave. Only three
+    configurations exist, so that a new n hardly ever compiles a kernel.
     """
-    block = min(4096, max(128, _power_of_two_above(n)))
-    programs = max(1, min(-(-n // block), 4 * multiprocessors(device), MAX_PARTIALS))
-    warps = 8 if block >= 2048 else 4
-    # A grid of one needs no loop over partials; all others share one size, so that the grid never causes a compilation.
-    return FlatConfig(block, warps, programs, 1 if programs == 1 else MAX_PARTIALS)
+    if n <= 1024:
+        return FlatConfig(1024, num_warps=4, programs=1)
+    programs = min(-(-n // 4096), 4 * multiprocessors(device), MAX_PARTIALS)
+    return FlatConfig(4096, num_warps=8, programs=programs, block_parts=1 if programs == 1 else MAX_PARTIALS)
 
 
-@lru_cache(maxsize=1024)
-def flat_elementwise(n: int, itemsize: int) -> FlatConfig:
-    """Per-tensor elementwise kernel: one tile per program, 16 to 32 bytes per thread and operand."""
-    block = 1024 if itemsize == 4 else 2048
-    block = min(block, max(128, _power_of_two_above(n)))
-    return FlatConfig(block, num_warps=4)
+def flat_elementwise(itemsize: int) -> FlatConfig:
+    """Per-tensor elementwise kernel: one tile per program.
+
+    Two 16-byte accesses per thread and operand in float32. In 16 bits one: the values widen to float32 in registers,
+    and 16 of them per thread spilled in the backward.
+    """
+    return FlatConfig(1024, num_warps=4) if itemsize == 4 else FlatConfig(2048, num_warps=8)
 
 
 def _tile(n_rows: int, run: int, channels: int, channel_innermost: bool, elements: int) -> TiledConfig:
@@ -115,7 +116,7 @@ def tiled_reduction(n_rows: int, run: int, channels: int, channel_innermost: boo
     config = _with_parts(config, n_rows, run, channel_innermost, 4 * multiprocessors(device))
     return replace(
         config,
-        block_parts=1 if config.parts == 1 else 32,
+        block_parts=1 if config.parts == 1 else 8,
         block_channels=min(_power_of_two_above(channels), 1024 if config.parts == 1 else 32),
     )
 

@@ -55,7 +55,7 @@ class FusedMovingAvgObsFakeQuantize(FusedMovingAvgCore, FakeQuantize, stock.Fuse
     training uses what `calculate_qparams` gives at conversion.
 
     Args:
-        observer: one of qkernels' moving-average min/max observers, class or factory.
+        observer: a moving-average min/max observer, class or factory.
         quant_min: smallest code.
         quant_max: largest code.
         consistent_qparams: choose qparams by the observer's rule in training too.
@@ -63,7 +63,6 @@ class FusedMovingAvgObsFakeQuantize(FusedMovingAvgCore, FakeQuantize, stock.Fuse
 
     Raises:
         AssertionError: the range does not fit the dtype, or the observer does not keep a moving average.
-        TypeError: the observer is not one of qkernels'.
 
     Reference:
         torch/ao/quantization/fake_quantize.py and aten/src/ATen/native/quantized/cpu/fused_obs_fake_quant.cpp,

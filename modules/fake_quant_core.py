@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.modules.observer_core import MinMaxCore, give_shape
+from qkernels.modules.observer_core import MinMaxCore, give_shape, shape_statistics
 from qkernels.ops import fake_quantize, update_qparams_
+from qkernels.ops.checks import check_axis, check_x
+from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
 
 
 def _known_off(flag: Tensor) -> bool:
@@ -43,6 +45,7 @@ class FakeQuantizeCore(nn.Module):
         """
         if X.numel() == 0:
             return X
+        self._check_input(X)
         scale, zero_point = self._observed_qparams(X)
         if _known_off(self.fake_quant_enabled):
             return X
@@ -60,11 +63,11 @@ class FakeQuantizeCore(nn.Module):
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Observe X if the flag says so; (scale, zero_point) that no later observation changes in place."""
         observer = self.activation_post_process
-        if not isinstance(observer, MinMaxCore):
+        if not (isinstance(observer, MinMaxCore) and observer.runs_core):
             return self._observe_with_foreign(X)
         if _known_off(self.observer_enabled):
             return self.scale.clone(), self.zero_point.clone()
-        self._prepare_state(X)
+        self._prepare_state(X, observer.observed_axis)
         return update_qparams_(
             X.detach(),
             observer.min_val,
@@ -82,18 +85,31 @@ class FakeQuantizeCore(nn.Module):
             workspace=observer.workspace,
         )
 
-    def _prepare_state(self, X: Tensor) -> None:
-        """Give statistics and qparams one element per channel of X, at the first batch."""
+    def _check_input(self, X: Tensor) -> None:
+        """Raise what fake_quantize would raise of X, before anything is observed."""
+        name = type(self).__name__
+        check_x(name, X)
+        check_axis(name, X, self.ch_axis if self.is_per_channel else None)
+        if X.dtype == torch.float64 and self.is_per_channel and self.zero_point.dtype.is_floating_point:
+            raise NotImplementedError(
+                f"{name}: a per-channel floating-point zero_point needs a float16, bfloat16 or float32 x; got {X.dtype}"
+            )
+
+    def _prepare_state(self, X: Tensor, axis: int | None) -> None:
+        """Give statistics and qparams one element per channel of X, if they have none yet.
+
+        A count that does not match what was observed before is left for the operator to refuse.
+        """
         observer = self.activation_post_process
-        observer.prepare_state(X)
-        if observer.observed_axis is not None:
-            channels = X.shape[observer.observed_axis]
-            if self.scale.numel() != channels:
-                give_shape(self, "scale", self.scale.new_ones(channels))
-                give_shape(self, "zero_point", self.zero_point.new_zeros(channels))
+        shape_statistics(observer, X, axis)
+        if axis is not None and self.scale.numel() == 1:
+            channels = X.shape[axis]
+            if channels != 1 and observer.min_val.numel() == channels:
+                give_shape(self, "scale", channels, 1)
+                give_shape(self, "zero_point", channels, 0)
 
     def _observe_with_foreign(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """The stock way, for observers that are not ours: reads the flag on the host, which syncs on a GPU."""
+        """The stock way, for observers with code of their own: reads the flag on the host, which syncs on a GPU."""
         if self.observer_enabled[0] == 1:
             self.activation_post_process(X.detach())
             scale, zero_point = self.activation_post_process.calculate_qparams()
@@ -129,29 +145,36 @@ class FusedMovingAvgCore(FakeQuantizeCore):
     """The arithmetic of torch.fused_moving_avg_obs_fake_quant, or with `consistent_qparams` the observer's.
 
     As in that operator, `observer_enabled` gates the statistics and `fake_quant_enabled` gates scale and zero point.
+    Of the observer only the state is used, so torch.ao's own will do.
     """
 
     is_symmetric_quant: bool
+    workspace: Tensor
 
     def _init_core(self, consistent_qparams: bool) -> None:
         """Derive what forward needs. Called by a face after the stock constructor."""
         self.consistent_qparams = consistent_qparams
         observer = self.activation_post_process
-        if not isinstance(observer, MinMaxCore):
-            raise TypeError(
-                f"{type(self).__name__}: observer must be one of qkernels' moving-average min/max observers; "
-                f"got {type(observer).__module__}.{type(observer).__qualname__}"
-            )
+        self.observed_axis = self.ch_axis if self.is_per_channel else None
+        self.symmetric_zero_point = symmetric_zero_point_of(
+            observer.dtype, observer.quant_min, observer.quant_max, observer.has_customized_qrange
+        )
         if consistent_qparams:
-            self.qparams_rule = observer.qparams_rule
+            self.qparams_rule = rule_of(observer.qscheme)
         else:
             self.qparams_rule = "fused_symmetric" if self.is_symmetric_quant else "fused_affine"
+        # Arrival counter of the kernel, see MinMaxCore.
+        self.register_buffer("workspace", torch.zeros(1, dtype=torch.int32, device=self.scale.device), False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.workspace.zero_()  # see MinMaxCore
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process
         if _known_off(self.observer_enabled) and _known_off(self.fake_quant_enabled):
             return self.scale, self.zero_point
-        self._prepare_state(X)
+        self._prepare_state(X, self.observed_axis)
         return update_qparams_(
             X.detach(),
             observer.min_val,
@@ -161,11 +184,11 @@ class FusedMovingAvgCore(FakeQuantizeCore):
             observer.quant_min,
             observer.quant_max,
             rule=self.qparams_rule,
-            symmetric_zero_point=observer.symmetric_zero_point,
+            symmetric_zero_point=self.symmetric_zero_point,
             eps=observer.eps,
             averaging_constant=observer.averaging_constant,
-            axis=observer.observed_axis,
+            axis=self.observed_axis,
             enabled=self.observer_enabled,
-            workspace=observer.workspace,
+            workspace=self.workspace,
             qparams_enabled=self.fake_quant_enabled,
         )

@@ -9,27 +9,43 @@ Dynamo skips code defined in torch.ao, so one inherited call on that path would 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qkernels.ops import observe_minmax_
+from qkernels.ops.checks import check_axis
 from qkernels.ops.qparams import choose_qparams_by_rule
-from qkernels.ops.qparams_rules import observer_symmetric_zero_point, rule_of
+from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
 
 _NOT_OBSERVED = "must run observer before calling calculate_qparams. Returning default values."
 
 
-def give_shape(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace the contents of a buffer by a value of another shape.
+def give_shape(module: nn.Module, name: str, elements: int, fill: float) -> None:
+    """Replace the contents of a buffer by `elements` copies of `fill`.
 
     Eager calls keep the buffer object, which DDP and others may hold. A compiled graph cannot: resize_ and set_ break
-    it, and mutating what .data was assigned is refused, so there the attribute is bound to the new tensor.
+    it, and mutating what .data was assigned is refused, so there the attribute is bound to a new tensor.
     """
+    buffer = getattr(module, name)
     if torch.compiler.is_compiling():
-        setattr(module, name, value)
-    else:
-        getattr(module, name).data = value
+        setattr(module, name, buffer.new_full((elements,), fill))
+        return
+    with torch.inference_mode(False):  # calibrating in inference mode must not make the buffer an inference tensor
+        buffer.data = buffer.new_full((elements,), fill)
+
+
+def shape_statistics(observer: Any, x: Tensor, axis: int | None) -> None:
+    """Give an observer's `min_val` and `max_val` one element per channel of x, if they have none yet.
+
+    Raises:
+        ValueError: x has no such axis.
+    """
+    axis = check_axis(type(observer).__name__, x, axis)
+    if axis is not None and (observer.min_val.numel() == 0 or observer.max_val.numel() == 0):
+        give_shape(observer, "min_val", x.shape[axis], float("inf"))
+        give_shape(observer, "max_val", x.shape[axis], float("-inf"))
 
 
 class MinMaxCore(nn.Module):
@@ -48,13 +64,18 @@ class MinMaxCore(nn.Module):
     quant_max: int
     has_customized_qrange: bool
     workspace: Tensor
+    runs_core: bool = True  # False for a subclass with a forward or calculate_qparams of its own
     averaging_constant: float | None = None  # weight of a new batch; None keeps the extremes of all batches
     observed_axis: int | None = None  # channel axis of the statistics; None is per tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.runs_core = cls.forward is MinMaxCore.forward and cls.calculate_qparams is MinMaxCore.calculate_qparams
 
     def _init_core(self) -> None:
         """Derive what forward needs. Called by a face after the stock constructor."""
         self.qparams_rule = rule_of(self.qscheme)
-        self.symmetric_zero_point = observer_symmetric_zero_point(
+        self.symmetric_zero_point = symmetric_zero_point_of(
             self.dtype, self.quant_min, self.quant_max, self.has_customized_qrange
         )
         # Arrival counter of the kernel: 0 between launches. Owned by this observer, so that two streams, or a
@@ -62,7 +83,8 @@ class MinMaxCore(nn.Module):
         self.register_buffer("workspace", torch.zeros(1, dtype=torch.int32, device=self.min_val.device), False)
 
     def prepare_state(self, x: Tensor) -> None:
-        """Give the statistics their shape for x. Per tensor they have it already."""
+        """Give per-channel statistics one element per channel of x, at the first batch."""
+        shape_statistics(self, x, self.observed_axis)
 
     def forward(self, x_orig: Tensor) -> Tensor:
         """Record the min and max of `x_orig` and return it unchanged. An empty input leaves the state as it is.
@@ -73,6 +95,8 @@ class MinMaxCore(nn.Module):
             return x_orig
         x = x_orig.detach()
         if not x.is_floating_point():
+            if x.is_complex():
+                raise TypeError(f"{type(self).__name__}: x must be real; got {x.dtype}")
             x = x.to(self.min_val.dtype)
         self.prepare_state(x)
         observe_minmax_(
@@ -114,6 +138,10 @@ class MinMaxCore(nn.Module):
             return False
         raise AssertionError(f"min {low} should be less than max {high}")
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.workspace.zero_()  # a launch that was killed, or to_empty, may have left anything
+        super()._load_from_state_dict(*args, **kwargs)
+
     def reset_min_max_vals(self) -> None:
         """Forget everything seen, in place."""
         self.min_val.fill_(float("inf"))
@@ -130,15 +158,8 @@ class PerChannelMinMaxCore(MinMaxCore):
         super()._init_core()
         self.observed_axis = self.ch_axis
 
-    def prepare_state(self, x: Tensor) -> None:
-        """Give the statistics one element per channel of x, at the first batch."""
-        if self.min_val.numel() == 0 or self.max_val.numel() == 0:
-            channels = (x.shape[self.ch_axis],)
-            give_shape(self, "min_val", self.min_val.new_full(channels, float("inf")))
-            give_shape(self, "max_val", self.max_val.new_full(channels, float("-inf")))
-
     def reset_min_max_vals(self) -> None:
         """Forget everything seen, the number of channels too."""
-        give_shape(self, "min_val", self.min_val.new_empty(0))
-        give_shape(self, "max_val", self.max_val.new_empty(0))
+        give_shape(self, "min_val", 0, float("inf"))
+        give_shape(self, "max_val", 0, float("-inf"))
         self.workspace.zero_()

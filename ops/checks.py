@@ -14,6 +14,8 @@ FLAG_DTYPES = (torch.uint8, torch.int64, torch.int32, torch.bool)
 
 def check_x(op: str, x: torch.Tensor, name: str = "x") -> None:
     """`x` must be a floating-point tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}")
     if x.dtype not in X_DTYPES:
         raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}")
 

@@ -96,9 +96,9 @@ def fake_quantize_backward_composition(
     axis: int | None = None,
     enabled: Tensor | None = None,
 ) -> Tensor:
-    """dx = dy where quant_min <= q <= quant_max, else 0."""
+    """dx = dy * (quant_min <= q <= quant_max). A product, as in torch: it does not hide an infinite or NaN dy."""
     code, _, _ = _code(x, scale, zero_point, axis)
     inside = (code >= quant_min) & (code <= quant_max)
     if enabled is not None:
         inside = inside | ~enabled.reshape(()).to(torch.bool)
-    return torch.where(inside, dy, 0.0)
+    return dy * inside

@@ -1,4 +1,4 @@
-"""fake_quantize and its backward: schema, CPU and Triton implementations, fake, autograd, decomposition."""
+"""fake_quantize and its backward: schema, CPU and Triton implementations, fake, decomposition."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from qkernels.ops.compositions import (
     is_wide,
     per_channel_float_zero_point,
 )
+from qkernels.ops.fake_quant_autograd import (
+    FakeQuantizeBackwardForTransforms,
+    FakeQuantizeForTransforms,
+    register_autograd,
+    transforms_active,
+)
 from qkernels.ops.fake_quant_cpu import fake_quantize_backward_cpu, fake_quantize_cpu
-from qkernels.ops.registration import LIBRARY, decompose, register
+from qkernels.ops.registration import decompose, register
 
 Tensor = torch.Tensor
 
@@ -172,72 +178,7 @@ _fake_quantize_backward_op = register(
 )
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """Straight-through estimator: saves x and the qparams, no mask."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensor:
-        *ctx.bounds_and_axis, enabled = rest
-        ctx.save_for_backward(x, scale, zero_point, enabled)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _fake_quantize_op(x, scale, zero_point, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point, enabled = ctx.saved_tensors
-        dx = _fake_quantize_backward_op(dy, x, scale, zero_point, *ctx.bounds_and_axis, enabled)
-        return dx, None, None, None, None, None, None
-
-
-class _FakeQuantizeBackward(torch.autograd.Function):
-    """The backward as a differentiable node whose own backward refuses, with a reason."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _fake_quantize_backward_op(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise NotImplementedError(
-            "fake_quantize_backward: double backward is not supported; the straight-through estimator has no "
-            "second derivative"
-        )
-
-
-def _fake_quantize_autograd(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    enabled: Tensor | None = None,
-) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, axis, enabled)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _fake_quantize_op(x, scale, zero_point, quant_min, quant_max, axis, enabled)
-
-
-def _fake_quantize_backward_autograd(
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    enabled: Tensor | None = None,
-) -> Tensor:
-    if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
-        return _FakeQuantizeBackward.apply(dy, x, scale, zero_point, quant_min, quant_max, axis, enabled)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _fake_quantize_backward_op(dy, x, scale, zero_point, quant_min, quant_max, axis, enabled)
-
-
-LIBRARY.impl("fake_quantize", _fake_quantize_autograd, "Autograd")
-LIBRARY.impl("fake_quantize_backward", _fake_quantize_backward_autograd, "Autograd")
+register_autograd(_fake_quantize_op, _fake_quantize_backward_op)
 
 
 def _keep(x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any, axis: int | None = None, **kwargs: Any) -> bool:
@@ -290,7 +231,7 @@ def fake_quantize(
         NotImplementedError: a per-channel float zero point with float64 x or bounds beyond +-2**23.
 
     Note:
-        NaN gives NaN with gradient 0. Infinities saturate, with gradient 0. The gradient is dy where
+        NaN gives NaN with gradient 0. Infinities saturate, with gradient 0. The gradient is dy * m with m = 1 where
         quant_min <= q <= quant_max, else 0. Deterministic. Arithmetic is float32 (float64 for a float64 x).
 
     Reference:
@@ -298,6 +239,8 @@ def fake_quantize(
         aten/src/ATen/native/quantized/cpu/kernels/QuantizedOpKernels.cpp; equal to them on the CPU for every finite x
         (the per-channel one overflows for |x / scale| above 2**63, this one saturates).
     """
+    if transforms_active():
+        return FakeQuantizeForTransforms.apply(x, scale, zero_point, quant_min, quant_max, axis, enabled)
     return _fake_quantize_op(x, scale, zero_point, quant_min, quant_max, axis, enabled)
 
 
@@ -311,7 +254,7 @@ def fake_quantize_backward(
     axis: int | None = None,
     enabled: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of `fake_quantize` with respect to x: dy where the code of x lies within the bounds, else 0.
+    """Gradient of `fake_quantize` with respect to x: dy times whether the code of x lies within the bounds.
 
     Args:
         dy: gradient of y, shape and dtype of x, any layout.
@@ -331,4 +274,6 @@ def fake_quantize_backward(
         ValueError: an argument has the wrong shape, value or device.
         NotImplementedError: the result is differentiated again.
     """
+    if transforms_active():
+        return FakeQuantizeBackwardForTransforms.apply(dy, x, scale, zero_point, quant_min, quant_max, axis, enabled)
     return _fake_quantize_backward_op(dy, x, scale, zero_point, quant_min, quant_max, axis, enabled)

@@ -36,7 +36,7 @@ def _overflows(inverse: Tensor) -> bool:
     return not math.isfinite(inverse.abs().amax().item())
 
 
-def _codes(x: Tensor, inverse: Tensor, zero_point: Tensor) -> Tensor:
+def _codes(x: Tensor, inverse: Tensor, zero_point: Tensor | float) -> Tensor:
     """rint(x * inverse) + zero_point in a new float32 tensor with the strides of torch.empty_like(x)."""
     code = torch.empty_like(x, dtype=torch.float32)
     if x.dtype == torch.float32:
@@ -50,19 +50,32 @@ def _is_off(enabled: Tensor | None) -> bool:
     return enabled is not None and not enabled.item()  # a CPU tensor: no sync
 
 
+def _fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of float32 tensors, rounded once to float32.
+
+    The product is exact in float64. Its sum with c is rounded to odd there: no float32 value, nor the middle between
+    two, has an odd last bit in float64, so the second rounding decides as one rounding of the exact sum would.
+    """
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    rest = total - product
+    error = (product - (total - rest)) + (c - rest)
+    even = (total.view(torch.int64) & 1) == 0
+    towards = torch.copysign(torch.full_like(total, float("inf")), error)
+    return torch.where((error != 0) & even & total.isfinite(), torch.nextafter(total, towards), total).float()
+
+
 def _float_zero_point(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int
 ) -> tuple[Tensor, Tensor]:
-    """(y, mask) for per-channel float zero points, by torch's operator: it has the fused multiply-add.
-
-    x is first clamped to where codes are saturated but do not overflow torch's integer conversion.
-    """
-    limit = (scale.float() * 2.0**30).reshape(channel_shape(x, axis))
-    bounded = torch.clamp(x.float(), -limit, limit)
-    y, mask = torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
-        bounded, scale.float(), zero_point.float(), axis, quant_min, quant_max
-    )
-    return torch.where(x.isnan(), x, y.to(x.dtype)), mask
+    """(y, whether the code is within the bounds) for per-channel float zero points."""
+    shape = channel_shape(x, axis)
+    scale, zero_point = scale.float().reshape(shape), zero_point.float().reshape(shape)
+    code = _fused_multiply_add(x.float(), 1.0 / scale, zero_point).round_().add_(0.0)  # codes have no -0.0
+    inside = (code >= quant_min) & (code <= quant_max)
+    code = torch.where(code.isnan(), quant_min, code).clamp_(quant_min, quant_max)
+    y = ((code.double() - zero_point.double()) * scale.double()).float()
+    return torch.where(x.isnan(), x, y.to(x.dtype)), inside
 
 
 def fake_quantize_cpu(
@@ -112,13 +125,14 @@ def fake_quantize_backward_cpu(
         return torch.empty_like(x).copy_(dy)
     if axis is not None and zero_point.dtype.is_floating_point:
         _, mask = _float_zero_point(x, scale, zero_point, quant_min, quant_max, axis)
-        return _with_strides_of(x, torch.where(mask & ~x.isnan(), dy, 0.0))
+        return _with_strides_of(x, dy * mask)
     if is_wide(x, quant_min, quant_max):
         return _with_strides_of(
             x, fake_quantize_backward_composition(dy, x, scale, zero_point, quant_min, quant_max, axis)
         )
+    # Distance of the code from the middle of the range, all in one temporary: a comparison with both bounds would make
+    # two masks and cost three times as much. Exact: within +-2**23 float32 holds halves. A NaN is within no distance.
     shape = channel_shape(x, axis)
-    code = _codes(x, 1.0 / scale.float().reshape(shape), zero_point.to(torch.int32).reshape(shape))
-    # A code equals its clamped self exactly when it lies within the bounds; a NaN equals nothing.
-    inside = torch.eq(code, torch.clamp(code, quant_min, quant_max))
-    return torch.where(inside, dy, dy.new_zeros(()), out=torch.empty_like(x))
+    offset = zero_point.to(torch.int32).reshape(shape) - (quant_min + quant_max) / 2
+    inside = _codes(x, 1.0 / scale.float().reshape(shape), offset).abs_().le_((quant_max - quant_min) / 2)
+    return inside.mul_(dy).to(x.dtype)

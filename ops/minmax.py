@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qkernels.launch import mark_written
 from qkernels.ops import checks
 from qkernels.ops.registration import decompose, register
 
@@ -173,7 +174,6 @@ def _observe_minmax_triton(
     if not kernels_support(x, min_val, max_val):
         _observe_composition(x, min_val, max_val, averaging_constant, axis, enabled)
         return
-    from qkernels.launch import mark_written
     from qkernels.minmax import Statistics, launch_minmax
 
     launch_minmax(

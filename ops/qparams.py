@@ -10,9 +10,8 @@ from qkernels.ops.minmax import keep_on_gpu, kernels_support
 from qkernels.ops.qparams_rules import (
     RULES,
     apply_rule,
-    default_symmetric_zero_point,
-    float32_eps,
     rule_of,
+    symmetric_zero_point_of,
     zero_point_dtype,
 )
 from qkernels.ops.registration import decompose, register
@@ -166,8 +165,8 @@ def choose_qparams(
         dtype: quantized dtype; decides the zero point of symmetric schemes.
         qscheme: one of torch's five affine and symmetric schemes.
         eps: smallest scale, a number or a 1-element tensor on min_val's device.
-        symmetric_zero_point: zero point of symmetric schemes; None takes torch.ao's: 128 for quint8 and uint8, 32768
-            for uint16, else 0. (Its observers take (quant_min + quant_max) // 2 for a custom unsigned range.)
+        symmetric_zero_point: zero point of symmetric schemes; None takes torch.ao's: for quint8 and uint8 128 with the
+            ranges 0..255 and 0..127 and (quant_min + quant_max) // 2 with any other, 32768 for uint16, else 0.
 
     Returns:
         (scale, zero_point), shape (1,) or (C,). scale has min_val's dtype; zero_point is int32 for affine schemes,
@@ -180,11 +179,10 @@ def choose_qparams(
     Reference:
         UniformQuantizationObserverBase._calculate_qparams, torch/ao/quantization/observer.py, torch 2.13.
     """
+    checks.check_x("choose_qparams", min_val, "min_val")
     if symmetric_zero_point is None:
-        symmetric_zero_point = default_symmetric_zero_point(dtype)
+        custom_range = (quant_min, quant_max) not in ((0, 255), (0, 127))
+        symmetric_zero_point = symmetric_zero_point_of(dtype, quant_min, quant_max, custom_range)
     if not isinstance(eps, Tensor):
-        if eps == torch.finfo(torch.float32).eps and min_val.dtype == torch.float32:
-            eps = float32_eps(min_val.device)
-        else:
-            eps = torch.full((1,), eps, dtype=min_val.dtype, device=min_val.device)
+        eps = torch.full((1,), eps, dtype=min_val.dtype, device=min_val.device)
     return _choose_qparams_op(min_val, max_val, quant_min, quant_max, rule_of(qscheme), symmetric_zero_point, eps)

@@ -5,13 +5,16 @@ The same formulas as the device functions in qkernels/qparams.py, which name the
 
 from __future__ import annotations
 
-from functools import lru_cache
+import struct
 
 import torch
 
 Tensor = torch.Tensor
 
 RULES = ("affine", "symmetric", "float_qparams", "fused_affine", "fused_symmetric")
+
+# fbgemm and ATen cut scales off here (QuantUtils.h, SMALL_SCALE_THRESHOLD), in float32.
+SMALL_SCALE = struct.unpack("f", struct.pack("f", 6.1e-5))[0]
 
 _QSCHEME_RULES = {
     torch.per_tensor_affine: "affine",
@@ -30,18 +33,14 @@ def rule_of(qscheme: torch.qscheme) -> str:
         raise ValueError(f"choose_qparams: qscheme must be an affine or symmetric one; got {qscheme}") from None
 
 
-def default_symmetric_zero_point(dtype: torch.dtype) -> int:
-    """torch.ao's zero point of symmetric schemes without a custom range: the middle of an unsigned dtype, else 0."""
+def symmetric_zero_point_of(dtype: torch.dtype, quant_min: int, quant_max: int, custom_range: bool) -> int:
+    """The zero point of torch.ao's symmetric schemes: the middle of an unsigned dtype, else 0.
+
+    For an 8-bit dtype a custom range has its own middle, rounded down; 0..255 given as a custom range makes that 127.
+    """
     if dtype in (torch.quint8, torch.uint8):
-        return 128
+        return (quant_min + quant_max) // 2 if custom_range else 128
     return 2**15 if dtype == torch.uint16 else 0
-
-
-def observer_symmetric_zero_point(dtype: torch.dtype, quant_min: int, quant_max: int, custom_range: bool) -> int:
-    """The zero point an observer's symmetric scheme uses: a custom unsigned 8-bit range has its own middle."""
-    if custom_range and dtype in (torch.quint8, torch.uint8):
-        return (quant_min + quant_max) // 2
-    return default_symmetric_zero_point(dtype)
 
 
 def zero_point_dtype(rule: str, statistics_dtype: torch.dtype) -> torch.dtype:
@@ -49,12 +48,6 @@ def zero_point_dtype(rule: str, statistics_dtype: torch.dtype) -> torch.dtype:
     if rule == "float_qparams":
         return statistics_dtype
     return torch.int64 if rule == "symmetric" else torch.int32
-
-
-@lru_cache(maxsize=16)
-def float32_eps(device: torch.device) -> Tensor:
-    """The observers' default eps as a 1-element tensor, one per device."""
-    return torch.full((1,), torch.finfo(torch.float32).eps, device=device)
 
 
 def _divide(numerator: Tensor, divisor: float) -> Tensor:
@@ -100,19 +93,27 @@ def _fused_rule(min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int
     min_val, max_val = min_val.float(), max_val.float()
     low, high = torch.clamp(min_val, max=0), torch.clamp(max_val, min=0)
     two_sided = (min_val < 0) & (max_val > 0)
-    symmetric = rule == "fused_symmetric"
-    if symmetric:
+    if rule == "fused_symmetric":
         above = float((quant_max - quant_min) // 2)
         below = -(above + 1.0)
         widest = torch.maximum((min_val / below).abs(), (max_val / above).abs())
         low = torch.where(two_sided, below * widest, low)
         high = torch.where(two_sided, above * widest, high)
-    low, high = low.double(), high.double()
-    scale = ((high - low) / float(quant_max - quant_min)).float()
+    span = quant_max - quant_min
+    scale = ((high.double() - low.double()) / float(span)).float()
     scale = torch.where((scale == 0) | torch.isinf(1.0 / scale), 0.1, scale)
-    from_low, from_high = low / scale.double(), high / scale.double()
+    # A small scale is cut off, and the range widened to match.
+    small = scale < SMALL_SCALE
+    amplifier = torch.full_like(scale, SMALL_SCALE) / scale  # number / tensor would be a reciprocal and a product
+    reach = SMALL_SCALE * span
+    wide_low = torch.where(low == 0, low, torch.where(high == 0, -reach, low * amplifier))
+    wide_high = torch.where(low == 0, reach, torch.where(high == 0, high, high * amplifier))
+    low, high = torch.where(small, wide_low, low), torch.where(small, wide_high, high)
+    scale = torch.where(small, SMALL_SCALE, scale)
+
+    from_low, from_high = low.double() / scale.double(), high.double() / scale.double()
     low_is_better = abs(quant_min) + from_low.abs() < abs(quant_max) + from_high.abs()
     zero_point = torch.where(low_is_better, quant_min - from_low, quant_max - from_high)
-    if symmetric:
-        zero_point = torch.where(two_sided, (quant_min + quant_max) / 2.0, zero_point)
+    if rule == "fused_symmetric":
+        zero_point = torch.where((low < 0) & (high > 0), (quant_min + quant_max) / 2.0, zero_point)
     return scale, torch.clamp(torch.round(zero_point), quant_min, quant_max).to(torch.int32)

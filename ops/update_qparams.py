@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qkernels.launch import mark_written
 from qkernels.ops import checks
 from qkernels.ops.minmax import cast_like, check_observe, choose, extremes, fold, keep_on_gpu, kernels_support
 from qkernels.ops.qparams import check_rule, fits_kernel
-from qkernels.ops.qparams_rules import apply_rule, float32_eps
+from qkernels.ops.qparams_rules import apply_rule
 from qkernels.ops.registration import decompose, register
 
 Tensor = torch.Tensor
@@ -103,6 +104,7 @@ def _by_torchs_fused_op(update: _Update) -> None:
         0,
         symmetric_quant=update.rule == "fused_symmetric",
     )
+    mark_written(*update[1:5])  # it writes through raw pointers
 
 
 def _aten(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -134,11 +136,9 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     )
     if x.numel() == 0 or not fits:
         return _composition(*update)
-    from qkernels.launch import mark_written
     from qkernels.minmax import Statistics, launch_minmax
     from qkernels.qparams import rule_arguments
 
-    eps = float32_eps(x.device) if update.eps is None else update.eps
     scale_copy, zero_point_copy = torch.empty_like(scale), torch.empty_like(zero_point)
     statistics = Statistics(
         min_val,
@@ -150,7 +150,7 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         scale_copy,
         zero_point_copy,
         update.qparams_enabled,
-        rule_arguments(update.quant_min, update.quant_max, update.symmetric_zero_point, eps),
+        rule_arguments(update.quant_min, update.quant_max, update.symmetric_zero_point, update.eps),
     )
     if update.averaging_constant is None:
         how = "extremes"

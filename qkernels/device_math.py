@@ -30,6 +30,8 @@ def max_nan(a, b):
 @triton.jit
 def clamp_to_low(x, low, high):
     """Clamp to [low, high]; NaN gives `low`, as torch's fake quantization does with a NaN code."""
+    if INTERPRETED:  # whose maximum lets NaN through whatever it is asked
+        x = tl.where(x == x, x, low)
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.NONE)
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.NONE)
 

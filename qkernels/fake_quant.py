@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from qkernels.autotune.heuristics import flat_elementwise, tiled_elementwise
-from qkernels.device_math import clamp_to_low, fma, is_on, rint, round_to, row_offset
+from qkernels.device_math import INTERPRETED, clamp_to_low, fma, is_on, rint, round_to, row_offset
 from qkernels.launch import launch
 from qkernels.layout import Channels, Flat, plan
 
@@ -40,7 +40,7 @@ def _apply(x, dy, scale, inverse, zero_point, quant_min, quant_max, on, FLOAT_ZE
     """y for one block of x, or dx when dy is given; the input itself where the op is off."""
     wide = x.to(tl.float32)
     if FLOAT_ZERO_POINT:
-        code = rint(fma(wide, inverse, zero_point))
+        code = rint(fma(wide, inverse, zero_point)) + 0.0  # as the sum below, this leaves no -0.0
     else:
         code = rint(wide * inverse) + zero_point
     if dy is None:
@@ -52,8 +52,12 @@ def _apply(x, dy, scale, inverse, zero_point, quant_min, quant_max, on, FLOAT_ZE
         y = tl.where(wide == wide, y, wide)
         result = tl.where(on, round_to(y, x.dtype), x)
     else:
-        inside = (code >= quant_min) & (code <= quant_max)
-        result = tl.where(inside | (on == 0), dy, 0.0)
+        inside = ((code >= quant_min) & (code <= quant_max)) | (on == 0)
+        # A product, as in torch: an infinite or NaN dy is not hidden by the mask.
+        if INTERPRETED:  # where bfloat16 products are wrong
+            result = round_to(dy.to(tl.float32) * inside.to(tl.float32), dy.dtype)
+        else:
+            result = dy * inside.to(dy.dtype)
     return result
 
 
@@ -70,7 +74,7 @@ def _one_tile(
     tl.store(out_ptr, out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # n meets only comparisons: nothing to gain, compilations to lose
 def _fake_quant_flat_kernel(
     out_ptr,  # (n,) y, or dx when dy_ptr is given
     x_ptr,  # (n,)
@@ -224,7 +228,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, t
 
 
 def _launch_flat(layout: Flat, tensors: Tensors, bounds: tuple[float, float], float_zero_point: bool) -> None:
-    config = flat_elementwise(layout.n, tensors[0].element_size())
+    config = flat_elementwise(tensors[0].element_size())
     launch(
         _fake_quant_flat_kernel,
         (triton.cdiv(layout.n, config.block),),

@@ -85,8 +85,8 @@ def _merge(dims: list[Dim]) -> list[Dim]:
 
 
 def _vec(extent: int, fast_strides: Sequence[int], others: Sequence[int]) -> int:
-    if any(stride != 1 for stride in fast_strides):
-        return 1
+    if any(stride != 1 for stride in fast_strides) or extent >= 2**31:
+        return 1  # kernels multiply the extent back by vec, in 32 bits if extent // vec fits
     vec = 16
     while vec > 1 and (extent % vec or any(stride % vec for stride in others)):
         vec //= 2

@@ -130,7 +130,7 @@ def _finish_if_last(
         tl.store(counter_ptr, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # n meets only comparisons: nothing to gain, compilations to lose
 def _minmax_flat_kernel(
     x_ptr,  # (n,) any float dtype
     partials_ptr,
@@ -144,7 +144,7 @@ def _minmax_flat_kernel(
 ):
     program = tl.program_id(0)
     n_programs = tl.num_programs(0)
-    n = tl.where(is_on(stats.enabled), tl.full((), n, tl.int64), 0)  # a disabled observer reads nothing
+    n = tl.where(is_on(stats.enabled), n.to(tl.int64), 0)  # a disabled observer reads nothing
     offs = tl.arange(0, BLOCK)
     low = tl.full((BLOCK,), float("inf"), tl.float32)
     high = tl.full((BLOCK,), float("-inf"), tl.float32)

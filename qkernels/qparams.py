@@ -1,7 +1,7 @@
 """Scale and zero point from min and max, on the device: the observers' rule and the rule of torch's fused op.
 
 Sources: `UniformQuantizationObserverBase._calculate_qparams` in torch/ao/quantization/observer.py (float32 arithmetic)
-and `ChooseQuantizationParams` in aten/src/ATen/native/quantized/cpu/QuantUtils.h, which
+and fbgemm's `ChooseQuantizationParams`, src/QuantUtils.cc, which
 `torch.fused_moving_avg_obs_fake_quant` calls (float64 arithmetic), both as of torch 2.13. The two disagree for
 symmetric schemes, so both exist here, and a caller names the one it means. Launchers turn off FP contraction: every
 product and sum below rounds by itself, as on the CPU.
@@ -24,6 +24,10 @@ FLOAT_QPARAMS = tl.constexpr("float_qparams")
 FUSED_AFFINE = tl.constexpr("fused_affine")
 FUSED_SYMMETRIC = tl.constexpr("fused_symmetric")
 
+# fbgemm and ATen cut scales off here (QuantUtils.h, SMALL_SCALE_THRESHOLD).
+SMALL_SCALE = tl.constexpr(6.1e-5)
+FLOAT32_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+
 
 class RuleArguments(NamedTuple):
     """What a rule needs besides min and max. One argument of a kernel.
@@ -36,7 +40,7 @@ class RuleArguments(NamedTuple):
         quant_max: largest code.
         half_steps: (quant_max - quant_min) // 2, for the fused symmetric rule.
         symmetric_zero_point: the zero point of the observers' symmetric rule.
-        eps: pointer to the smallest scale, 1 float32 element; None for the fused rules.
+        eps: pointer to the smallest scale, 1 float element; None is float32's eps. The fused rules have none.
     """
 
     quant_min: float
@@ -60,7 +64,9 @@ def rule_arguments(
 @triton.jit
 def _observer_rule(low, high, arguments, RULE: tl.constexpr):
     """torch.ao's `_calculate_qparams`. low > high (never observed) gives scale 1, zero point 0."""
-    eps = tl.load(arguments.eps).to(tl.float32)
+    eps = FLOAT32_EPS
+    if arguments.eps is not None:
+        eps = tl.load(arguments.eps).to(tl.float32)
     quant_min = arguments.quant_min
     span = arguments.quant_max - quant_min
     low_0 = min_nan(low, 0.0)
@@ -81,7 +87,7 @@ def _observer_rule(low, high, arguments, RULE: tl.constexpr):
 
 @triton.jit
 def _fused_rule(low, high, arguments, RULE: tl.constexpr):
-    """ATen's `ChooseQuantizationParams` as `fused_moving_avg_obs_fake_quant` calls it."""
+    """`ChooseQuantizationParams` as `fused_moving_avg_obs_fake_quant` calls it."""
     quant_min = tl.full((), arguments.quant_min, tl.float64)
     quant_max = tl.full((), arguments.quant_max, tl.float64)
     low_0 = tl.minimum(low, 0.0)
@@ -93,17 +99,26 @@ def _fused_rule(low, high, arguments, RULE: tl.constexpr):
         widest = tl.maximum(tl.abs(tl.div_rn(low, below)), tl.abs(tl.div_rn(high, above)))
         low_0 = tl.where(two_sided, tl.minimum(below * widest, 0.0), low_0)
         high_0 = tl.where(two_sided, tl.maximum(above * widest, 0.0), high_0)
-    low_64 = low_0.to(tl.float64)
-    high_64 = high_0.to(tl.float64)
-    scale = ((high_64 - low_64) / (quant_max - quant_min)).to(tl.float32)
+    span = quant_max - quant_min
+    scale = ((high_0.to(tl.float64) - low_0.to(tl.float64)) / span).to(tl.float32)
     one = tl.full(scale.shape, 1.0, tl.float32)
     scale = tl.where((scale == 0.0) | (tl.div_rn(one, scale) == float("inf")), 0.1, scale)
-    from_low = low_64 / scale.to(tl.float64)
-    from_high = high_64 / scale.to(tl.float64)
+    # A small scale is cut off, and the range widened to match.
+    small = scale < SMALL_SCALE
+    amplifier = tl.div_rn(one * SMALL_SCALE, scale)
+    reach = one * SMALL_SCALE * span.to(tl.float32)
+    wide_low = tl.where(low_0 == 0.0, low_0, tl.where(high_0 == 0.0, -reach, low_0 * amplifier))
+    wide_high = tl.where(low_0 == 0.0, reach, tl.where(high_0 == 0.0, high_0, high_0 * amplifier))
+    low_0 = tl.where(small, wide_low, low_0)
+    high_0 = tl.where(small, wide_high, high_0)
+    scale = tl.where(small, SMALL_SCALE, scale)
+
+    from_low = low_0.to(tl.float64) / scale.to(tl.float64)
+    from_high = high_0.to(tl.float64) / scale.to(tl.float64)
     low_is_better = tl.abs(quant_min) + tl.abs(from_low) < tl.abs(quant_max) + tl.abs(from_high)
     zero_point = tl.where(low_is_better, quant_min - from_low, quant_max - from_high)
     if RULE == FUSED_SYMMETRIC:
-        zero_point = tl.where(two_sided, (quant_min + quant_max) / 2.0, zero_point)
+        zero_point = tl.where((low_0 < 0.0) & (high_0 > 0.0), (quant_min + quant_max) / 2.0, zero_point)
     zero_point = tl.minimum(tl.maximum(rint64(zero_point), quant_min), quant_max)
     return scale, zero_point.to(tl.float32)
 

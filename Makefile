@@ -1,0 +1,65 @@
+# The commands of the project. Each makes .venv when it needs one; `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# --no-build-isolation: an isolated build would fetch packages that the constraints do not reach.
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Two workers of one thread each: torch's own thread pools would fight over the cores with the workers.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-interpreter test-ordinary check lint types imports bench wheel gpu clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== making $(VENV) with $$($(PYTHON) --version) (about two minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable '.[torchao,demo,test,check]'
+	@touch $@
+
+demo: $(STAMP) ## quantization-aware training on real handwritten digits, torch.ao's modules against ours
+	$(PY) examples/digits_qat.py $(DEMO_ARGS)
+
+test: test-interpreter test-ordinary ## the whole test run (PYTEST_ARGS="-k minmax -x" narrows it)
+
+test-interpreter: $(STAMP) ## tests with the Triton kernels in Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow" $(PYTEST_ARGS)
+
+test-ordinary: $(STAMP) ## tests without the interpreter: CPU path, compile, ahead-of-time compilation
+	$(PYTEST) -m "not interpreter_only and not slow" $(PYTEST_ARGS)
+
+check: lint types imports ## ruff, the type checker on the installed wheel, the direction of imports
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	PYTHON=$(PY) .ci/types
+
+imports: $(STAMP)
+	$(PY) -m pytest -q tests/test_import_direction.py
+
+bench: $(STAMP) ## time every operator and module against torch's own (BENCH_ARGS=--quick for a glance)
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+wheel: $(STAMP) ## build dist/*.whl, by way of an sdist so that no stale build/lib is packed
+	$(PY) -m build --no-isolation --outdir dist .
+
+gpu: ## tests and benchmarks on this machine's GPU, no network: make gpu OUT=dir
+	@OUT='$(OUT)' .ci/gpu
+
+clean: ## remove what these commands made, .venv too
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

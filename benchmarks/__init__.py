@@ -1,0 +1,1 @@
+"""Benchmarks: every operator and module against torch's own. Run with `python -m benchmarks`."""

@@ -1,0 +1,1 @@
+"""Tests of qkernels. A package, so that helpers are imported as `from tests.oracles import ...`."""
