@@ -12,7 +12,8 @@ from functools import lru_cache
 import torch
 
 DEFAULT_MULTIPROCESSORS = 132  # H100 and H200; used where there is no CUDA device to ask
-MAX_PARTIALS = 1024  # partials the finishing program loads per step
+MAX_PARTIALS = 1024  # partials the finishing program of a flat reduction loads per step
+MAX_SHARED_GROUPS = 1024  # counters a tiled reduction may need: one per group of channels that programs share
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class TiledConfig:
         block_lanes: run elements (or channels) per tile.
         num_warps: warps per program.
         block_parts: parts combined per step by the finishing program of a reduction.
-        block_channels: channels combined per step by the finishing program of a reduction.
     """
 
     groups: int
@@ -52,7 +52,6 @@ class TiledConfig:
     block_lanes: int
     num_warps: int
     block_parts: int = 1
-    block_channels: int = 1
 
 
 @lru_cache(maxsize=16)
@@ -90,11 +89,11 @@ def flat_elementwise(itemsize: int) -> FlatConfig:
     return FlatConfig(1024, num_warps=4) if itemsize == 4 else FlatConfig(2048, num_warps=8)
 
 
-def _tile(n_rows: int, run: int, channels: int, channel_innermost: bool, elements: int) -> TiledConfig:
+def _tile(n_rows: int, run: int, channels: int, channel_innermost: bool, itemsize: int, elements: int) -> TiledConfig:
     """One part per group, with a tile of at most `elements`: long in the fast direction, no longer than the data."""
     if channel_innermost:
-        # 128 lanes keep the accesses of a warp together and leave rows that share the channels' qparams.
-        lanes = min(_power_of_two_above(channels), 128)
+        # One 128-byte line per row: whole sectors, and few enough channels per group that many programs share the work.
+        lanes = min(_power_of_two_above(channels), 128 // itemsize)
         groups = -(-channels // lanes)
     else:
         lanes = min(_power_of_two_above(run), elements)
@@ -104,21 +103,26 @@ def _tile(n_rows: int, run: int, channels: int, channel_innermost: bool, element
 
 
 def _with_parts(config: TiledConfig, n_rows: int, run: int, channel_innermost: bool, programs: int) -> TiledConfig:
-    """Split every group over enough parts to reach about `programs` programs, one tile per part at least."""
+    """Split every group over enough parts to reach at least `programs` programs, one tile per part at least."""
     tiles = -(-n_rows // config.block_rows) * (1 if channel_innermost else -(-run // config.block_lanes))
-    return replace(config, parts=max(1, min(tiles, programs // config.groups, 65535)))
+    return replace(config, parts=max(1, min(tiles, -(-programs // config.groups), 65535)))
 
 
 @lru_cache(maxsize=1024)
-def tiled_reduction(n_rows: int, run: int, channels: int, channel_innermost: bool, device: torch.device) -> TiledConfig:
-    """Per-channel (or strided) reduction: enough parts per channel to fill the device once."""
-    config = _tile(n_rows, run, channels, channel_innermost, 2048)
-    config = _with_parts(config, n_rows, run, channel_innermost, 4 * multiprocessors(device))
-    return replace(
-        config,
-        block_parts=1 if config.parts == 1 else 8,
-        block_channels=min(_power_of_two_above(channels), 1024 if config.parts == 1 else 32),
-    )
+def tiled_reduction(
+    n_rows: int, run: int, channels: int, channel_innermost: bool, device: torch.device, itemsize: int
+) -> TiledConfig:
+    """Per-channel (or strided) reduction: enough parts per channel to fill the device once.
+
+    A tile is two 16-byte loads per thread. Groups are shared by several programs only while there are fewer groups
+    than programs to place, so at most MAX_SHARED_GROUPS counters are needed.
+    """
+    config = _tile(n_rows, run, channels, channel_innermost, itemsize, 2048 if itemsize == 4 else 4096)
+    config = _with_parts(config, n_rows, run, channel_innermost, min(4 * multiprocessors(device), MAX_SHARED_GROUPS))
+    if config.parts == 1:
+        return config
+    # Enough partials per step to hide a load's latency, few enough for the registers.
+    return replace(config, block_parts=max(1024 // config.block_lanes, 1) if channel_innermost else 128)
 
 
 @lru_cache(maxsize=1024)
@@ -126,5 +130,5 @@ def tiled_elementwise(
     n_rows: int, run: int, channels: int, channel_innermost: bool, device: torch.device, itemsize: int
 ) -> TiledConfig:
     """Per-channel (or strided) elementwise kernel: several resident waves, so that a slow program hides."""
-    config = _tile(n_rows, run, channels, channel_innermost, 1024 if itemsize == 4 else 2048)
+    config = _tile(n_rows, run, channels, channel_innermost, itemsize, 1024 if itemsize == 4 else 2048)
     return _with_parts(config, n_rows, run, channel_innermost, 32 * multiprocessors(device))

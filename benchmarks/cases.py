@@ -1,13 +1,15 @@
-"""The registry: what is timed, against whom, on which shapes, and how many bytes the job has to move.
+"""The registry: what is timed, against whom, on which inputs, and how many bytes the job has to move.
 
-A case joins by one builder, decorated with `@case(...)`, that returns a `Bench`. Its `impls` are callables of one input
-tensor, "qkernels" first, then the peers; its `check` calls all of them on fresh state and returns what differs.
+A case joins by one builder, decorated with `@case(...)`, that returns a `Bench` for a device. Its `impls` are callables
+of an input and a gradient of its shape, "qkernels" first, then the peers; its `results` runs one of them by name on
+fresh state and returns what the gate compares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -16,24 +18,24 @@ from torch import Tensor, nn
 
 import qkernels.modules
 import qkernels.ops
+from benchmarks import inputs
+from benchmarks.inputs import ACTIVATIONS, CONV_WEIGHTS, IMAGES, SMALL, TOKENS, Input, both_dtypes, plain
 
 OURS = "qkernels"
 TORCH = "torch"
 
-Impl = Callable[[Tensor], object]
-
-ACTIVATIONS = (16, 64, 32, 32)  # 1,048,576 elements
-SMALL = (64, 16)  # where the time is Python and dispatch
-CONV_WEIGHTS = (256, 128, 3, 3)
-TOKENS = (4096, 1024)
+Impl = Callable[[Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One case on one device: implementations of the same job, and the proof that they do the same."""
+    """One case on one device: implementations of the same job, and what each of them gives for an input."""
 
     impls: dict[str, Impl]
-    check: Callable[[Tensor], list[str]]
+    results: Callable[[str, Tensor], object]
+
+
+Builder = Callable[[torch.device], Bench]
 
 
 @dataclass(frozen=True)
@@ -41,85 +43,94 @@ class Case:
     """A named job. `passes`: how often, at the least, a tensor of the input's size is read or written."""
 
     name: str
-    build: Callable[[torch.device], Bench]
+    build: Builder
     passes: int
-    shapes: tuple[tuple[int, ...], ...]
-    quick_shapes: tuple[tuple[int, ...], ...]
+    cpu: tuple[Input, ...]
+    cpu_quick: tuple[Input, ...]
+    cuda: tuple[Input, ...] = ()
 
     def bytes_moved(self, x: Tensor) -> int:
+        """The least that the job reads and writes."""
         return self.passes * x.nbytes
+
+    def inputs(self, device: torch.device, quick: bool) -> tuple[Input, ...]:
+        """What the case is timed on; nothing where it has no input for such a device."""
+        if device.type != "cuda":
+            return self.cpu_quick if quick else self.cpu
+        return tuple(dict.fromkeys((*self.cuda[:1], *self.cuda[-1:]))) if quick else self.cuda
 
 
 CASES: dict[str, Case] = {}
+
+_USUAL = (SMALL, ACTIVATIONS, TOKENS)
 
 
 def case(
     name: str,
     *,
     passes: int,
-    shapes: tuple[tuple[int, ...], ...] = (SMALL, ACTIVATIONS, TOKENS),
-    quick_shapes: tuple[tuple[int, ...], ...] = (SMALL, ACTIVATIONS),
-) -> Callable[[Callable[[torch.device], Bench]], Callable[[torch.device], Bench]]:
-    """Register a builder under `name`."""
+    shapes: tuple[inputs.Shape, ...] = _USUAL,
+    cuda: tuple[Input, ...] = inputs.PER_TENSOR,
+) -> Callable[[Builder], Builder]:
+    """Register a builder under `name`. `shapes` are those of the CPU; a quick run leaves out the tokens."""
 
-    def register(build: Callable[[torch.device], Bench]) -> Callable[[torch.device], Bench]:
-        CASES[name] = Case(name, build, passes, shapes, quick_shapes)
+    def register(build: Builder) -> Builder:
+        quick = plain(*(shape for shape in shapes if shape != TOKENS))
+        CASES[name] = Case(name, build, passes, plain(*shapes), quick, cuda)
         return build
 
     return register
 
 
-def differences(ours: object, theirs: object) -> list[str]:
-    """What is not bit-equal, in one line each. Tensors, and tuples and dicts of them."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        if ours.keys() != theirs.keys():
-            return [f"keys {sorted(ours)} and {sorted(theirs)}"]
-        return [f"{key}: {line}" for key in ours for line in differences(ours[key], theirs[key])]
-    if isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
-        return [line for pair in zip(ours, theirs, strict=True) for line in differences(*pair)]
-    if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)):
-        return [f"{type(ours).__name__} and {type(theirs).__name__} do not compare"]
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return [f"{ours.dtype} {tuple(ours.shape)} and {theirs.dtype} {tuple(theirs.shape)}"]
-    wrong = int((ours != theirs).sum())
-    return [f"{wrong} of {ours.numel()} values differ"] if wrong else []
-
-
-def of_functions(ours: Impl, torchs: Impl) -> Bench:
+def of_functions(ours: Callable[[Tensor], object], torchs: Callable[[Tensor], object]) -> Bench:
     """A bench of two pure functions."""
-    return Bench({OURS: ours, TORCH: torchs}, lambda x: differences(ours(x), torchs(x)))
+    return of_steps(lambda x, dy: ours(x), lambda x, dy: torchs(x))
+
+
+def of_steps(ours: Impl, torchs: Impl) -> Bench:
+    """A bench of two pure functions of an input and a gradient."""
+    impls = {OURS: ours, TORCH: torchs}
+    return Bench(impls, lambda name, x: impls[name](x, x))
 
 
 def of_modules(
-    make: Callable[[ModuleType], nn.Module], device: torch.device, step: Callable[[nn.Module, Tensor], object]
+    make: Callable[[ModuleType], nn.Module],
+    device: torch.device,
+    step: Callable[[nn.Module, Tensor, Tensor], object],
 ) -> Bench:
     """A bench of one module of ours and torch.ao's of the same name, made by `make(library)` and driven by `step`."""
+    libraries = {OURS: qkernels.modules, TORCH: torch_ao}
 
-    def check(x: Tensor) -> list[str]:
-        ours, theirs = make(qkernels.modules).to(device), make(torch_ao).to(device)
-        for _ in range(2):  # the second batch takes the running path
-            found = differences(step(ours, x), step(theirs, x))
-            found += differences(dict(ours.state_dict()), dict(theirs.state_dict()))
-            if found:
-                return found
-            x = x * 1.5
-        return []
+    def results(name: str, x: Tensor) -> tuple[object, ...]:
+        module = make(libraries[name]).to(device)
+        after = []
+        for batch in (x, x * 1.5):  # the second takes the running path
+            output = step(module, batch, batch)
+            after.append((output, {key: value.clone() for key, value in module.state_dict().items()}))
+        return tuple(after)
 
-    ours, theirs = make(qkernels.modules).to(device), make(torch_ao).to(device)
-    return Bench({OURS: lambda x: step(ours, x), TORCH: lambda x: step(theirs, x)}, check)
+    modules = {name: make(library).to(device) for name, library in libraries.items()}
+    impls: dict[str, Impl] = {name: partial(step, module) for name, module in modules.items()}
+    return Bench(impls, results)
 
 
-def train_step(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and backward; the incoming gradient is x itself, so that no extra tensor is made."""
+def observe(observer: nn.Module, x: Tensor, dy: Tensor) -> object:
+    """A forward alone."""
+    return observer(x)
+
+
+def train_step(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and backward."""
     leaf = x.detach().requires_grad_()
     y = function(leaf)
-    return y.detach(), torch.autograd.grad(y, leaf, x)[0]
+    return y.detach(), torch.autograd.grad(y, leaf, dy)[0]
 
 
-def per_channel_qparams(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    channels = x.shape[axis]
-    scale = torch.linspace(0.01, 0.1, channels, device=x.device)
-    return scale, torch.arange(channels, device=x.device, dtype=torch.int32) % 11 - 5
+@lru_cache(maxsize=8)
+def per_channel_qparams(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, computed on the CPU, so that they are the same bits on every device."""
+    scale = torch.linspace(0.01, 0.1, channels)
+    return scale.to(device), (torch.arange(channels, dtype=torch.int32) % 11 - 5).to(device)
 
 
 @case("aminmax", passes=1)
@@ -127,12 +138,19 @@ def _(device: torch.device) -> Bench:
     return of_functions(qkernels.ops.aminmax, lambda x: tuple(torch.aminmax(x)))
 
 
-@case("aminmax axis=1", passes=1)
-def _(device: torch.device) -> Bench:
-    def torchs(x: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(torch.aminmax(x.transpose(0, 1).flatten(1), dim=1))  # as torch.ao's PerChannelMinMaxObserver does
+def aminmax_along(axis: int) -> Builder:
+    def build(device: torch.device) -> Bench:
+        def torchs(x: Tensor) -> tuple[Tensor, Tensor]:
+            return tuple(torch.aminmax(x.transpose(0, axis).flatten(1), dim=1))  # as torch.ao's observer does
 
-    return of_functions(lambda x: qkernels.ops.aminmax(x, 1), torchs)
+        return of_functions(lambda x: qkernels.ops.aminmax(x, axis), torchs)
+
+    return build
+
+
+case("aminmax axis=1", passes=1, cuda=inputs.SECOND_AXIS + both_dtypes(inputs.LLM_LINEAR))(aminmax_along(1))
+case("aminmax axis=0", passes=1, shapes=(), cuda=inputs.WEIGHTS)(aminmax_along(0))
+case("aminmax axis=-1", passes=1, shapes=(), cuda=inputs.LAST_AXIS)(aminmax_along(-1))
 
 
 @case("fake_quantize", passes=2)
@@ -147,55 +165,62 @@ def _(device: torch.device) -> Bench:
 @case("fake_quantize fwd+bwd", passes=5)
 def _(device: torch.device) -> Bench:
     scale, zero_point = torch.tensor([0.05], device=device), torch.tensor([3], dtype=torch.int32, device=device)
-    return of_functions(
-        lambda x: train_step(lambda leaf: qkernels.ops.fake_quantize(leaf, scale, zero_point, -128, 127), x),
-        lambda x: train_step(lambda leaf: torch.fake_quantize_per_tensor_affine(leaf, scale, zero_point, -128, 127), x),
+    return of_steps(
+        lambda x, dy: train_step(lambda leaf: qkernels.ops.fake_quantize(leaf, scale, zero_point, -128, 127), x, dy),
+        lambda x, dy: train_step(
+            lambda leaf: torch.fake_quantize_per_tensor_affine(leaf, scale, zero_point, -128, 127), x, dy
+        ),
     )
 
 
-@case("fake_quantize axis=1 fwd+bwd", passes=5)
-def _(device: torch.device) -> Bench:
-    cache: dict[int, tuple[Tensor, Tensor]] = {}
+def fake_quantize_along(axis: int) -> Builder:
+    def build(device: torch.device) -> Bench:
+        def ours(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+            scale, zero_point = per_channel_qparams(x.shape[axis], device)
+            return train_step(lambda leaf: qkernels.ops.fake_quantize(leaf, scale, zero_point, -128, 127, axis), x, dy)
 
-    def qparams(x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.shape[1] not in cache:
-            cache[x.shape[1]] = per_channel_qparams(x, 1)
-        return cache[x.shape[1]]
+        def torchs(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+            scale, zero_point = per_channel_qparams(x.shape[axis], device)
+            dim = axis % x.ndim
+            return train_step(
+                lambda leaf: torch.fake_quantize_per_channel_affine(leaf, scale, zero_point, dim, -128, 127), x, dy
+            )
 
-    def ours(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero_point = qparams(x)
-        return train_step(lambda leaf: qkernels.ops.fake_quantize(leaf, scale, zero_point, -128, 127, 1), x)
+        return of_steps(ours, torchs)
 
-    def torchs(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero_point = qparams(x)
-        return train_step(lambda leaf: torch.fake_quantize_per_channel_affine(leaf, scale, zero_point, 1, -128, 127), x)
+    return build
 
-    return of_functions(ours, torchs)
+
+case("fake_quantize axis=1 fwd+bwd", passes=5, cuda=inputs.SECOND_AXIS + both_dtypes(inputs.LLM_LINEAR))(
+    fake_quantize_along(1)
+)
+case("fake_quantize axis=0 fwd+bwd", passes=5, shapes=(), cuda=inputs.WEIGHTS)(fake_quantize_along(0))
+case("fake_quantize axis=-1 fwd+bwd", passes=5, shapes=(), cuda=inputs.LAST_AXIS)(fake_quantize_along(-1))
 
 
 @case("MinMaxObserver", passes=1)
 def _(device: torch.device) -> Bench:
-    return of_modules(lambda library: library.MinMaxObserver(), device, nn.Module.__call__)
+    return of_modules(lambda library: library.MinMaxObserver(), device, observe)
 
 
 @case("MovingAverageMinMaxObserver", passes=1)
 def _(device: torch.device) -> Bench:
-    return of_modules(lambda library: library.MovingAverageMinMaxObserver(), device, nn.Module.__call__)
+    return of_modules(lambda library: library.MovingAverageMinMaxObserver(), device, observe)
 
 
-@case("MovingAverageMinMaxObserver.calculate_qparams", passes=0, shapes=(SMALL,), quick_shapes=(SMALL,))
+@case("MovingAverageMinMaxObserver.calculate_qparams", passes=0, shapes=(SMALL,), cuda=plain(SMALL))
 def _(device: torch.device) -> Bench:
     def make(library: ModuleType) -> nn.Module:
-        observer = library.MovingAverageMinMaxObserver().to(device)
-        observer(torch.linspace(-1, 2, 1024, device=device))
+        observer = library.MovingAverageMinMaxObserver()
+        observer(torch.linspace(-1, 2, 1024))
         return observer
 
-    return of_modules(make, device, lambda observer, x: tuple(observer.calculate_qparams()))
+    return of_modules(make, device, lambda observer, x, dy: tuple(observer.calculate_qparams()))
 
 
-@case("PerChannelMinMaxObserver ch_axis=1", passes=1)
+@case("PerChannelMinMaxObserver ch_axis=1", passes=1, cuda=inputs.SECOND_AXIS)
 def _(device: torch.device) -> Bench:
-    return of_modules(lambda library: library.PerChannelMinMaxObserver(ch_axis=1), device, nn.Module.__call__)
+    return of_modules(lambda library: library.PerChannelMinMaxObserver(ch_axis=1), device, observe)
 
 
 @case("FakeQuantize step", passes=6)
@@ -204,7 +229,7 @@ def _(device: torch.device) -> Bench:
     return of_modules(lambda library: library.FakeQuantize(), device, train_step)
 
 
-@case("FakeQuantize per channel step", passes=6, shapes=(CONV_WEIGHTS,), quick_shapes=(CONV_WEIGHTS,))
+@case("FakeQuantize per channel step", passes=6, shapes=(CONV_WEIGHTS,), cuda=inputs.WEIGHTS)
 def _(device: torch.device) -> Bench:
     def make(library: ModuleType) -> nn.Module:
         return library.FakeQuantize(
@@ -219,6 +244,7 @@ def _(device: torch.device) -> Bench:
     return of_modules(make, device, train_step)
 
 
-@case("FusedMovingAvgObsFakeQuantize step", passes=6)
+@case("FusedMovingAvgObsFakeQuantize step", passes=6, cuda=plain(SMALL, ACTIVATIONS, IMAGES))
 def _(device: torch.device) -> Bench:
+    """float32 only, as torch's fused operator is."""
     return of_modules(lambda library: library.FusedMovingAvgObsFakeQuantize(), device, train_step)

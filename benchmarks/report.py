@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import OURS
+from benchmarks.gate import Difference
 from benchmarks.timer import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,18 +22,42 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Row:
-    """One case on one shape: its timings by implementation.
+    """One case on one input, timed in one way.
 
-    `wrong` is what the correctness gate found, and then nothing was timed; `refused` names the peers that cannot do it.
+    Attributes:
+        case: its name.
+        input: shape, dtype and layout, for people.
+        shape: the input's shape.
+        dtype: the input's dtype.
+        layout: "contiguous" or "channels_last".
+        how: "process time" or "wall time" on a CPU, "events" (calls from Python) or "graph" (replays) on a GPU.
+        bytes_moved: the least the job reads and writes.
+        timings: by implementation.
+        wrong: what the correctness gate found, and then nothing was timed.
+        refused: peers that cannot do it, with their answer.
+        peers_differ: on a GPU, in how many elements a peer does not keep the contract.
+        not_captured: of a "graph" row, implementations timed by calls from Python after all, with the reason.
+        of_copy: on a GPU, the share that our bytes over our time have of the copy bandwidth of the same run.
     """
 
     case: str
+    input: str
     shape: tuple[int, ...]
     dtype: str
+    layout: str
+    how: str
     bytes_moved: int
     timings: dict[str, Timing]
     wrong: list[str]
     refused: dict[str, str]
+    peers_differ: dict[str, list[Difference]]
+    not_captured: dict[str, str]
+    of_copy: float | None = None
+
+    @property
+    def gb_per_second(self) -> float:
+        """Our rate by the byte formula."""
+        return self.bytes_moved / self.timings[OURS].microseconds.median / 1e3
 
 
 def git(*arguments: str) -> str | None:
@@ -76,39 +101,58 @@ def verdict(timing: Timing) -> str:
     return "faster" if timing.times_ours.p20 > 1 else "even"
 
 
+def disagreement(found: list[Difference]) -> str:
+    """ "N elements", or what keeps the two from being compared."""
+    apart = [difference.text for difference in found if difference.elements is None]
+    return "; ".join(apart) or f"{sum(difference.elements or 0 for difference in found)} elements"
+
+
 def table_line(row: Row) -> str:
-    """One line: ours, the peers, how many times faster, GB/s. A loss is called one."""
-    name = f"{row.case:<46}{'x'.join(map(str, row.shape)):>15}"
+    """One line: ours, the peers, how many times faster, GB/s, share of a copy. A loss is called one."""
+    name = f"{row.case:<46}{row.input:>24} {row.how:<13}"
     if row.wrong:
         return f"{name}   WRONG: {'; '.join(row.wrong[:3])}"
-    ours = row.timings[OURS].microseconds
-    cells = f"{ours.median:>11.1f}"
+    cells = f"{row.timings[OURS].microseconds.median:>11.1f}"
     for peer, timing in row.timings.items():
         if peer != OURS:
             ratio = timing.times_ours
             cells += f"{timing.microseconds.median:>11.1f}{ratio.median:>8.2f} ({ratio.p20:.2f}-{ratio.p80:.2f})"
             cells += f" {verdict(timing):<6}"
-    for peer, answer in row.refused.items():
-        cells += f"  {peer} refuses: {answer}"
-    rate = f"{row.bytes_moved / ours.median / 1e3:>8.1f}" if row.bytes_moved else f"{'-':>8}"
-    return name + cells + rate
+    cells += f"{row.gb_per_second:>8.1f}" if row.bytes_moved else f"{'-':>8}"
+    cells += f"{row.of_copy:>11.0%}" if row.of_copy is not None else ""
+    notes = [f"{peer} refuses: {answer}" for peer, answer in row.refused.items()]
+    notes += [f"{peer} differs: {disagreement(found)}" for peer, found in row.peers_differ.items()]
+    notes += [f"{name} not captured, timed by calls: {reason}" for name, reason in row.not_captured.items()]
+    return "   ".join([name + cells, *notes])
 
 
-HEADER = f"{'case':<46}{'shape':>15}{'ours us':>11}{'torch us':>11}{'speedup (p20-p80)':>20}{'':>7}{'GB/s':>8}"
+HEADER = (
+    f"{'case':<46}{'input':>24} {'timed by':<13}{'ours us':>11}{'torch us':>11}{'speedup (p20-p80)':>20}"
+    f"{'':>7}{'GB/s':>8}  of a copy"
+)
 
 
 def summary(rows: list[Row]) -> str:
-    """Geometric mean of the speedups, and how many are losses, or were refused and not timed."""
-    peers = [timing for row in rows for peer, timing in row.timings.items() if peer != OURS]
+    """Geometric mean of the speedups by way of timing, how many are losses, and what was not timed or differs."""
     lines = []
-    if peers:
-        mean = statistics.geometric_mean(timing.times_ours.median for timing in peers)
-        verdicts = [verdict(timing) for timing in peers]
-        counts = ", ".join(f"{verdicts.count(name)} {name}" for name in ("faster", "even", "slower"))
-        lines.append(f"geometric mean of the speedups {mean:.2f} over {len(peers)} comparisons: {counts}")
-    refused = sum(bool(row.wrong) for row in rows)
+    for how in dict.fromkeys(row.how for row in rows):
+        timed = [row for row in rows if row.how == how]
+        peers = [timing for row in timed for peer, timing in row.timings.items() if peer != OURS]
+        if peers:
+            mean = statistics.geometric_mean(timing.times_ours.median for timing in peers)
+            verdicts = [verdict(timing) for timing in peers]
+            counts = ", ".join(f"{verdicts.count(name)} {name}" for name in ("faster", "even", "slower"))
+            lines.append(f"{how}: geometric mean of the speedups {mean:.2f} over {len(peers)} comparisons: {counts}")
+        called = sum(bool(row.not_captured) for row in timed)
+        if called:
+            lines.append(f"{how}: in {called} of them an implementation could not be captured and was called instead")
+    first = {(row.case, row.input): row for row in rows}.values()
+    differing = sum(bool(row.peers_differ) for row in first)
+    if differing:
+        lines.append(f"in {differing} of {len(first)} cases torch's result on the GPU is not that of the CPU contract")
+    refused = sum(bool(row.wrong) for row in first)
     if refused:
-        lines.append(f"{refused} of {len(rows)} cases failed or computed something else than torch, and were not timed")
+        lines.append(f"{refused} of {len(first)} cases failed or computed something wrong, and were not timed")
     return "\n".join(lines)
 
 

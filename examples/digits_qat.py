@@ -1,11 +1,12 @@
 """Quantization-aware training on real handwritten digits: torch.ao's modules against ours, from the same state.
 
 A small CNN is trained in float on scikit-learn's digits (1,797 images of 8 x 8 pixels, shipped inside that package) and
-quantized to 8 bits in four ways, all through torch.ao's FX flow and all with the same QConfig:
+quantized to 8 bits in four ways, all prepared by torch.ao's FX flow with the same QConfig; ours come in by one line,
+`qkernels.swap(model)`, and `qkernels.verify` runs both side by side first:
 
 * post-training quantization (PTQ): observers watch the training images, then the model is converted;
 * QAT with torch.ao's fake quantizers, in eager mode: the reference;
-* QAT with ours in eager mode, from the same weights and buffers, over the same batches: bit-equal to the reference;
+* QAT with ours in eager mode, from the same state, over the same batches: bit-equal to the reference;
 * QAT with ours under `torch.compile(fullgraph=True)`, where torch.ao's own modules break the graph: once with the graph
   run by torch's own kernels, bit-equal again, and once compiled.
 
@@ -24,7 +25,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.ao.quantization as torch_ao
@@ -32,7 +32,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
-import qkernels.modules
+import qkernels
 
 BATCH = 64
 WARMUP_STEPS = 3  # the first steps compile, allocate and start thread pools; they are trained but not timed
@@ -78,13 +78,13 @@ def make_cnn() -> nn.Sequential:
     )
 
 
-def make_qconfig(library: ModuleType) -> torch_ao.QConfig:
-    """torch.ao's usual 8-bit QAT; `library` is torch.ao.quantization or qkernels.modules, and nothing else changes."""
-    activation = library.FusedMovingAvgObsFakeQuantize.with_args(
-        observer=library.MovingAverageMinMaxObserver, quant_min=0, quant_max=255, dtype=torch.quint8, reduce_range=True
+def make_qconfig() -> torch_ao.QConfig:
+    """torch.ao's usual 8-bit QAT."""
+    activation = torch_ao.FusedMovingAvgObsFakeQuantize.with_args(
+        observer=torch_ao.MovingAverageMinMaxObserver, quant_min=0, quant_max=255, dtype=torch.quint8, reduce_range=True
     )
-    weight = library.FakeQuantize.with_args(
-        observer=library.MovingAveragePerChannelMinMaxObserver,
+    weight = torch_ao.FakeQuantize.with_args(
+        observer=torch_ao.MovingAveragePerChannelMinMaxObserver,
         quant_min=-128,
         quant_max=127,
         dtype=torch.qint8,
@@ -107,6 +107,7 @@ class Run:
     qparams_first: QParams  # after the first step
     qparams: QParams  # after the last one
     graph_breaks: int | None = None
+    swapped: bool = False
 
     @property
     def seconds_per_step(self) -> float:
@@ -157,7 +158,7 @@ def train(
 
 def post_training_quantize(float_model: nn.Module, digits: Digits) -> nn.Module:
     """Let torch.ao's HistogramObserver watch the training images, and convert: no training."""
-    qat = make_qconfig(torch_ao)
+    qat = make_qconfig()
     activation = torch_ao.HistogramObserver.with_args(reduce_range=True)
     mapping = torch_ao.QConfigMapping().set_global(torch_ao.QConfig(activation=activation, weight=qat.weight))
     images = digits.train_x.cpu().split(BATCH)
@@ -168,9 +169,9 @@ def post_training_quantize(float_model: nn.Module, digits: Digits) -> nn.Module:
     return convert_fx(model)
 
 
-def prepare_qat(library: ModuleType, float_model: nn.Module, example: Tensor) -> torch.fx.GraphModule:
-    """The float model with the library's fake quantizers in it, batch norm folded as in inference."""
-    mapping = torch_ao.QConfigMapping().set_global(make_qconfig(library))
+def prepare_qat(float_model: nn.Module, example: Tensor) -> torch.fx.GraphModule:
+    """The float model with torch.ao's fake quantizers in it, batch norm folded as in inference."""
+    mapping = torch_ao.QConfigMapping().set_global(make_qconfig())
     return prepare_qat_fx(copy.deepcopy(float_model).train(), mapping, (example,))
 
 
@@ -188,35 +189,39 @@ def has_compiler(device: torch.device) -> bool:
     return device.type == "cuda" or shutil.which(os.environ.get("CXX", default)) is not None
 
 
-def variants(device: torch.device) -> list[tuple[str, ModuleType, str | None]]:
-    """(name, library, backend of torch.compile or None for eager mode) of each training; the first is the reference."""
+def variants(device: torch.device) -> list[tuple[str, bool, str | None]]:
+    """(name, whether to swap, backend of torch.compile or None for eager mode) of each; the first is the reference."""
     backend = "inductor" if has_compiler(device) else "aot_eager"
     if backend != "inductor":
         print("  note: no C++ compiler found, so torch.compile uses backend aot_eager: the same graphs, no speed")
     return [
-        ("torch.ao, eager", torch_ao, None),
-        ("torch.ao, compiled", torch_ao, backend),
-        ("qkernels, eager", qkernels.modules, None),
-        ("qkernels, one graph", qkernels.modules, "eager"),  # captured whole, then run by torch's own kernels
-        ("qkernels, compiled", qkernels.modules, backend),
+        ("torch.ao, eager", False, None),
+        ("torch.ao, compiled", False, backend),
+        ("qkernels, eager", True, None),
+        ("qkernels, one graph", True, "eager"),  # captured whole, then run by torch's own kernels
+        ("qkernels, compiled", True, backend),
     ]
 
 
 def run_all(args: argparse.Namespace, digits: Digits, float_model: nn.Module) -> list[Run]:
     """All the trainings, from one state over the same batches."""
     example = digits.train_x[:BATCH]
-    state = prepare_qat(torch_ao, float_model, example).state_dict()
+    prepared = prepare_qat(float_model, example)
+    print(f"  verify: {qkernels.verify(prepared, (x for x, _ in digits.batches(5, args.seed)))}")
     runs = []
-    for name, library, backend in variants(args.device):
-        model = prepare_qat(library, float_model, example)
-        model.load_state_dict(copy.deepcopy(state))
+    for name, swapped, backend in variants(args.device):
+        model = copy.deepcopy(prepared)
+        if swapped:
+            report = qkernels.swap(model)
+            if not runs[-1].swapped:  # the first of ours
+                print(f"  swap: {str(report).splitlines()[-1]}")
         breaks = None if backend is None else count_graph_breaks(model, example)
         torch._dynamo.reset()
         # Ours must be one graph, or this raises. torch.ao's modules cannot be, so they get what a user gets.
-        fullgraph = library is qkernels.modules
-        forward = model if backend is None else torch.compile(model, backend=backend, fullgraph=fullgraph)
+        forward = model if backend is None else torch.compile(model, backend=backend, fullgraph=swapped)
         run = train(name, model, forward, digits.batches(args.steps, args.seed + 1), rate=1e-3)
         run.graph_breaks = breaks
+        run.swapped = swapped
         runs.append(run)
     return runs
 

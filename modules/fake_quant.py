@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.ao.quantization import fake_quantize as stock
 
-from qkernels.modules.fake_quant_core import FakeQuantizeCore, FusedMovingAvgCore
+from qkernels.modules.fake_quant_core import FakeQuantizeCore, FixedQParamsCore, FusedMovingAvgCore
 from qkernels.modules.minmax import MovingAverageMinMaxObserver
+from qkernels.modules.simple_observers import FixedQParamsObserver
 
 
 class FakeQuantize(FakeQuantizeCore, stock.FakeQuantize):  # type: ignore[misc]
@@ -17,7 +18,8 @@ class FakeQuantize(FakeQuantizeCore, stock.FakeQuantize):  # type: ignore[misc]
     Takes the place of `torch.ao.quantization.FakeQuantize`: equal constructor, buffers, state_dict, qparams, output
     and repr. Differs in what runs: two launches per batch on a GPU, no host sync, `torch.compile(fullgraph=True)`,
     nothing saved for the backward but x and the qparams; and in special values, where NaN stays NaN and infinities
-    saturate (`qkernels.ops.fake_quantize`). Observers that are not from qkernels work the stock way.
+    saturate (`qkernels.ops.fake_quantize`). A flag toggled between a forward and its backward makes autograd raise.
+    Observers that are not from qkernels, or override its forward or calculate_qparams, work the stock way.
 
     Args:
         observer: observer class or factory.
@@ -79,3 +81,20 @@ class FusedMovingAvgObsFakeQuantize(FusedMovingAvgCore, FakeQuantize, stock.Fuse
     ) -> None:
         stock.FusedMovingAvgObsFakeQuantize.__init__(self, observer, quant_min, quant_max, **observer_kwargs)
         self._init_core(consistent_qparams)
+
+
+class FixedQParamsFakeQuantize(FixedQParamsCore, FakeQuantize, stock.FixedQParamsFakeQuantize):  # type: ignore[misc]
+    """Simulate quantization with given qparams, as those of a sigmoid's output. Per tensor.
+
+    Takes the place of `torch.ao.quantization.FixedQParamsFakeQuantize`.
+
+    Args:
+        observer: class or factory of a FixedQParamsObserver, ours or torch.ao's.
+
+    Raises:
+        AssertionError: the observer is another one, or its qscheme is not per tensor.
+    """
+
+    def __init__(self, observer: Any) -> None:
+        FakeQuantize.__init__(self, observer=observer)
+        self._init_fixed(observer, stock.FixedQParamsObserver, FixedQParamsObserver)

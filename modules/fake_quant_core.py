@@ -6,6 +6,7 @@ toggled in place. Eager calls on the CPU read them on the host, where that costs
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from qkernels.modules.observer_core import MinMaxCore, give_shape, shape_statistics
 from qkernels.ops import fake_quantize, update_qparams_
 from qkernels.ops.checks import check_axis, check_x
+from qkernels.ops.minmax import new_workspace
+from qkernels.ops.qparams import choose_qparams_by_rule
 from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
 
 
@@ -22,8 +25,11 @@ def _known_off(flag: Tensor) -> bool:
     return not torch.compiler.is_compiling() and flag.device.type == "cpu" and type(flag) is Tensor and not flag.item()
 
 
-class FakeQuantizeCore(nn.Module):
+class FakeQuantizeCore(ABC, nn.Module):
     """Observe, renew scale and zero point, fake quantize: two launches on a GPU.
+
+    The bases are those of the stock FakeQuantizeBase: CPython gives a stock instance our class (`qkernels.swap`) only
+    if the first bases of the two lay out an object alike.
 
     The stock class in front of which this stands provides `activation_post_process`, the flags, `scale`,
     `zero_point`, `is_per_channel` and `ch_axis`.
@@ -36,6 +42,10 @@ class FakeQuantizeCore(nn.Module):
     zero_point: Tensor
     is_per_channel: bool
     ch_axis: int
+    frozen: bool = False  # True once `qkernels.freeze` has fixed scale and zero point
+
+    def _init_core(self) -> None:
+        """Nothing to derive."""
 
     def forward(self, X: Tensor) -> Tensor:
         """Fake quantize `X` with the qparams of everything observed so far, `X` included.
@@ -46,7 +56,7 @@ class FakeQuantizeCore(nn.Module):
         if X.numel() == 0:
             return X
         self._check_input(X)
-        scale, zero_point = self._observed_qparams(X)
+        scale, zero_point = (self.scale, self.zero_point) if self.frozen else self._observed_qparams(X)
         if _known_off(self.fake_quant_enabled):
             return X
         observer = self.activation_post_process
@@ -68,6 +78,8 @@ class FakeQuantizeCore(nn.Module):
         if _known_off(self.observer_enabled):
             return self.scale.clone(), self.zero_point.clone()
         self._prepare_state(X, observer.observed_axis)
+        if observer.memoryless:
+            observer.forget(self.observer_enabled)
         return update_qparams_(
             X.detach(),
             observer.min_val,
@@ -102,9 +114,9 @@ class FakeQuantizeCore(nn.Module):
         """
         observer = self.activation_post_process
         shape_statistics(observer, X, axis)
-        if axis is not None and self.scale.numel() == 1:
+        if axis is not None and (self.scale.numel() == 1 or getattr(observer, "memoryless", False)):
             channels = X.shape[axis]
-            if channels != 1 and observer.min_val.numel() == channels:
+            if channels != self.scale.numel() and observer.min_val.numel() == channels:
                 give_shape(self, "scale", channels, 1)
                 give_shape(self, "zero_point", channels, 0)
 
@@ -123,6 +135,24 @@ class FakeQuantizeCore(nn.Module):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the observer."""
         return self.activation_post_process.calculate_qparams()
+
+    def freeze(self) -> None:
+        """Stop observing for good and keep scale and zero point."""
+        self.disable_observer()
+        self.frozen = True
+
+    def reset_parameters(self) -> None:
+        """Give every buffer the value it has in a fresh module: after `to_empty()`, or meta initialisation."""
+        if hasattr(self.activation_post_process, "reset_parameters"):
+            self.activation_post_process.reset_parameters()
+        if self.is_per_channel:
+            give_shape(self, "scale", 1, 1)
+            give_shape(self, "zero_point", 1, 0)
+        else:
+            self.scale.fill_(1)
+            self.zero_point.zero_()
+        self.fake_quant_enabled.fill_(1)
+        self.observer_enabled.fill_(1)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Switch fake quantization on or off, in place."""
@@ -151,8 +181,8 @@ class FusedMovingAvgCore(FakeQuantizeCore):
     is_symmetric_quant: bool
     workspace: Tensor
 
-    def _init_core(self, consistent_qparams: bool) -> None:
-        """Derive what forward needs. Called by a face after the stock constructor."""
+    def _init_core(self, consistent_qparams: bool = False) -> None:
+        """Derive what forward needs. Called after the stock constructor, and when a stock module is swapped."""
         self.consistent_qparams = consistent_qparams
         observer = self.activation_post_process
         self.observed_axis = self.ch_axis if self.is_per_channel else None
@@ -163,12 +193,34 @@ class FusedMovingAvgCore(FakeQuantizeCore):
             self.qparams_rule = rule_of(observer.qscheme)
         else:
             self.qparams_rule = "fused_symmetric" if self.is_symmetric_quant else "fused_affine"
-        # Arrival counter of the kernel, see MinMaxCore.
-        self.register_buffer("workspace", torch.zeros(1, dtype=torch.int32, device=self.scale.device), False)
+        # Arrival counters of the kernel, see MinMaxCore.
+        self.register_buffer("workspace", new_workspace(self.scale.device, self.observed_axis), False)
+
+    def freeze(self) -> None:
+        """Stop observing for good, with the qparams that the next forward would have chosen from the statistics."""
+        observer = self.activation_post_process
+        if observer.min_val.numel() == self.scale.numel() and self.fake_quant_enabled.item():
+            scale, zero_point = choose_qparams_by_rule(
+                observer.min_val,
+                observer.max_val,
+                observer.quant_min,
+                observer.quant_max,
+                self.qparams_rule,
+                self.symmetric_zero_point,
+                observer.eps,
+            )
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+        super().freeze()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.workspace.zero_()  # see MinMaxCore
         super()._load_from_state_dict(*args, **kwargs)
+        self.workspace = new_workspace(self.scale.device, self.observed_axis)  # see MinMaxCore
+
+    def reset_parameters(self) -> None:
+        """Give every buffer the value it has in a fresh module: after `to_empty()`, or meta initialisation."""
+        super().reset_parameters()
+        self.workspace.zero_()
 
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process
@@ -192,3 +244,49 @@ class FusedMovingAvgCore(FakeQuantizeCore):
             workspace=self.workspace,
             qparams_enabled=self.fake_quant_enabled,
         )
+
+
+class FixedQParamsCore(FakeQuantizeCore):
+    """Fake quantization with given qparams: nothing to observe."""
+
+    qscheme: torch.qscheme
+
+    def _init_core(self) -> None:
+        """Remember the given qparams for `reset_parameters`; on meta there is nothing to read."""
+        fixed = self.activation_post_process
+        known = not self.scale.is_meta
+        self._initial_scale = getattr(fixed, "_initial_scale", None) or (self.scale.item() if known else 1.0)
+        self._initial_zero_point = getattr(fixed, "_initial_zero_point", None) or (
+            self.zero_point.item() if known else 0
+        )
+
+    def _init_fixed(self, observer_factory: Any, *fixed_classes: type) -> None:
+        """What the stock constructor does after its own check, which asks for the very stock class."""
+        fixed = self.activation_post_process
+        if type(fixed) not in fixed_classes:
+            raise AssertionError(f"{type(self).__name__}'s observer must be a {fixed_classes[0].__name__}")
+        self._observer_ctr = observer_factory
+        self.scale = fixed.scale
+        self.zero_point = fixed.zero_point
+        if self.qscheme not in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            raise AssertionError(
+                "Only per tensor quantization is supported FixedQParamsFakeQuantize module, got qscheme:"
+                + str(self.qscheme)
+            )
+        self._init_core()
+
+    def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The given scale and zero point."""
+        return self.scale, self.zero_point
+
+    def reset_parameters(self) -> None:
+        """Give every buffer the value it has in a fresh module: after `to_empty()`, or meta initialisation."""
+        fixed = self.activation_post_process
+        self.scale, self.zero_point = fixed.scale, fixed.zero_point  # to_empty unties what the constructor tied
+        self.scale.fill_(self._initial_scale)
+        self.zero_point.fill_(self._initial_zero_point)
+        self.fake_quant_enabled.fill_(1)
+        self.observer_enabled.fill_(1)

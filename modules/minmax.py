@@ -28,6 +28,7 @@ class MinMaxObserver(MinMaxCore, stock.MinMaxObserver):  # type: ignore[misc]
         factory_kwargs: device and dtype of the buffers.
         eps: smallest scale.
         is_dynamic: whether the observer stands for dynamic quantization.
+        memoryless: whether every batch forgets the earlier ones, as in torch.ao 1.12: dynamic quantization in QAT.
         **kwargs: passed to the stock base class.
 
     Raises:
@@ -48,12 +49,15 @@ class MinMaxObserver(MinMaxCore, stock.MinMaxObserver):  # type: ignore[misc]
         factory_kwargs: dict[str, Any] | None = None,
         eps: float = _EPS,
         is_dynamic: bool = False,
+        *,
+        memoryless: bool = False,
         **kwargs: Any,
     ) -> None:
         stock.MinMaxObserver.__init__(
             self, dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs
         )
-        self._init_core()
+        self._init_core(eps)
+        self.memoryless = memoryless
 
 
 class MovingAverageMinMaxObserver(MinMaxObserver, stock.MovingAverageMinMaxObserver):  # type: ignore[misc]
@@ -92,7 +96,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver, stock.MovingAverageMinMaxObser
         stock.MovingAverageMinMaxObserver.__init__(
             self, averaging_constant, dtype, qscheme, reduce_range, quant_min, quant_max, eps, is_dynamic, **kwargs
         )
-        self._init_core()
+        self._init_core(eps)
 
 
 class PerChannelMinMaxObserver(PerChannelMinMaxCore, stock.PerChannelMinMaxObserver):  # type: ignore[misc]
@@ -112,6 +116,7 @@ class PerChannelMinMaxObserver(PerChannelMinMaxCore, stock.PerChannelMinMaxObser
         factory_kwargs: device and dtype of the buffers.
         eps: smallest scale.
         is_dynamic: not supported per channel.
+        memoryless: whether every batch forgets the earlier ones, as in torch.ao 1.12: dynamic quantization in QAT.
         **kwargs: passed to the stock base class.
 
     Raises:
@@ -130,12 +135,15 @@ class PerChannelMinMaxObserver(PerChannelMinMaxCore, stock.PerChannelMinMaxObser
         factory_kwargs: dict[str, Any] | None = None,
         eps: float = _EPS,
         is_dynamic: bool = False,
+        *,
+        memoryless: bool = False,
         **kwargs: Any,
     ) -> None:
         stock.PerChannelMinMaxObserver.__init__(
             self, ch_axis, dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs
         )
-        self._init_core()
+        self._init_core(eps)
+        self.memoryless = memoryless
 
 
 class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver, stock.MovingAveragePerChannelMinMaxObserver):  # type: ignore[misc]
@@ -177,4 +185,4 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver, stock.Movi
             self, averaging_constant, ch_axis, dtype, qscheme, reduce_range, quant_min, quant_max, eps, is_dynamic,
             **kwargs,
         )  # fmt: skip
-        self._init_core()
+        self._init_core(eps)

@@ -8,17 +8,21 @@ Dynamo skips code defined in torch.ao, so one inherited call on that path would 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkernels.modules.stock import is_stock
 from qkernels.ops import observe_minmax_
 from qkernels.ops.checks import check_axis
+from qkernels.ops.minmax import new_workspace
 from qkernels.ops.qparams import choose_qparams_by_rule
 from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
 
+_EPS = torch.finfo(torch.float32).eps
 _NOT_OBSERVED = "must run observer before calling calculate_qparams. Returning default values."
 
 
@@ -43,9 +47,35 @@ def shape_statistics(observer: Any, x: Tensor, axis: int | None) -> None:
         ValueError: x has no such axis.
     """
     axis = check_axis(type(observer).__name__, x, axis)
-    if axis is not None and (observer.min_val.numel() == 0 or observer.max_val.numel() == 0):
+    if axis is None:
+        return
+    known = observer.min_val.numel()
+    forgets = getattr(observer, "memoryless", False) and known != x.shape[axis]
+    if known == 0 or observer.max_val.numel() == 0 or forgets:
         give_shape(observer, "min_val", x.shape[axis], float("inf"))
         give_shape(observer, "max_val", x.shape[axis], float("-inf"))
+
+
+class StockConstructor(nn.Module):
+    """Construct the stock class, whose signature a subclass shows, then derive what our forward needs.
+
+    `_init_core` is given those of the constructor's arguments that it names.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = next((c for c in cls.__mro__ if is_stock(c)), None)
+        if stock is not None:
+            cls.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        stock = next(c for c in type(self).__mro__ if is_stock(c))
+        bound = inspect.signature(stock).bind(*args, **kwargs)
+        bound.apply_defaults()
+        derive: Any = self._init_core
+        named = inspect.signature(derive).parameters
+        derive(**{name: bound.arguments[name] for name in named if name in bound.arguments})
 
 
 class MinMaxCore(nn.Module):
@@ -64,6 +94,8 @@ class MinMaxCore(nn.Module):
     quant_max: int
     has_customized_qrange: bool
     workspace: Tensor
+    frozen: bool = False  # True once `qkernels.freeze` has made an identity of the observer
+    memoryless: bool = False  # whether every batch forgets the earlier ones
     runs_core: bool = True  # False for a subclass with a forward or calculate_qparams of its own
     averaging_constant: float | None = None  # weight of a new batch; None keeps the extremes of all batches
     observed_axis: int | None = None  # channel axis of the statistics; None is per tensor
@@ -72,15 +104,20 @@ class MinMaxCore(nn.Module):
         super().__init_subclass__(**kwargs)
         cls.runs_core = cls.forward is MinMaxCore.forward and cls.calculate_qparams is MinMaxCore.calculate_qparams
 
-    def _init_core(self) -> None:
-        """Derive what forward needs. Called by a face after the stock constructor."""
+    def _init_core(self, eps: float | None = None) -> None:
+        """Derive what forward needs. Called after the stock constructor, and when a stock observer is swapped.
+
+        Args:
+            eps: what the constructor was given; None reads it from the buffer, which `reset_parameters` restores.
+        """
+        self._initial_eps = (_EPS if self.eps.is_meta else self.eps.item()) if eps is None else eps
         self.qparams_rule = rule_of(self.qscheme)
         self.symmetric_zero_point = symmetric_zero_point_of(
             self.dtype, self.quant_min, self.quant_max, self.has_customized_qrange
         )
-        # Arrival counter of the kernel: 0 between launches. Owned by this observer, so that two streams, or a
-        # replayed CUDA graph and eager work, never count on the same one.
-        self.register_buffer("workspace", torch.zeros(1, dtype=torch.int32, device=self.min_val.device), False)
+        # Arrival counters of the kernel: 0 between launches. Owned by this observer, so that two streams, or a
+        # replayed CUDA graph and eager work, never count on the same ones.
+        self.register_buffer("workspace", new_workspace(self.min_val.device, self.observed_axis), False)
 
     def prepare_state(self, x: Tensor) -> None:
         """Give per-channel statistics one element per channel of x, at the first batch."""
@@ -91,7 +128,7 @@ class MinMaxCore(nn.Module):
 
         Integer input is converted to the dtype of the statistics first, as in torch.ao.
         """
-        if x_orig.numel() == 0:
+        if self.frozen or x_orig.numel() == 0:
             return x_orig
         x = x_orig.detach()
         if not x.is_floating_point():
@@ -99,10 +136,20 @@ class MinMaxCore(nn.Module):
                 raise TypeError(f"{type(self).__name__}: x must be real; got {x.dtype}")
             x = x.to(self.min_val.dtype)
         self.prepare_state(x)
+        if self.memoryless:
+            self.forget(None)
         observe_minmax_(
             x, self.min_val, self.max_val, self.averaging_constant, self.observed_axis, None, self.workspace
         )
         return x_orig
+
+    def forget(self, enabled: Tensor | None) -> None:
+        """Take the statistics back to before the first batch, where the device flag `enabled` is set (or None)."""
+        for buffer, value in ((self.min_val, float("inf")), (self.max_val, float("-inf"))):
+            if enabled is None:
+                buffer.fill_(value)
+            else:
+                buffer.masked_fill_(enabled.reshape(()).to(torch.bool), value)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point for the range seen so far.
@@ -134,19 +181,24 @@ class MinMaxCore(nn.Module):
             return False
         if not torch.any(low > high):
             return True
-        if low.ndim == 0 and low == float("inf") and high == float("-inf"):
-            return False
+        if torch.all((low == float("inf")) & (high == float("-inf"))):
+            return False  # shaped, but never observed
         raise AssertionError(f"min {low} should be less than max {high}")
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.workspace.zero_()  # a launch that was killed, or to_empty, may have left anything
         super()._load_from_state_dict(*args, **kwargs)
+        # A launch that was killed, or to_empty, may have left anything in it; assign=True may have moved the rest.
+        self.workspace = new_workspace(self.min_val.device, self.observed_axis)
 
     def reset_min_max_vals(self) -> None:
         """Forget everything seen, in place."""
-        self.min_val.fill_(float("inf"))
-        self.max_val.fill_(float("-inf"))
+        self.forget(None)
         self.workspace.zero_()
+
+    def reset_parameters(self) -> None:
+        """Give every buffer the value it has in a fresh observer: after `to_empty()`, or meta initialisation."""
+        self.reset_min_max_vals()
+        self.eps.fill_(self._initial_eps)
 
 
 class PerChannelMinMaxCore(MinMaxCore):
@@ -154,9 +206,20 @@ class PerChannelMinMaxCore(MinMaxCore):
 
     ch_axis: int
 
-    def _init_core(self) -> None:
-        super()._init_core()
+    def _init_core(self, eps: float | None = None) -> None:
         self.observed_axis = self.ch_axis
+        super()._init_core(eps)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        version = local_metadata.get("version")
+        if version is not None and version < 3:
+            # Before version 3 the names were min_vals and max_vals; torch.ao 2.13 makes room for them, loads nothing.
+            for name in ("min_val", "max_val"):
+                if f"{prefix}{name}s" in state_dict:
+                    state_dict[prefix + name] = state_dict[f"{prefix}{name}s"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def reset_min_max_vals(self) -> None:
         """Forget everything seen, the number of channels too."""

@@ -60,7 +60,9 @@ def check_qparams(op: str, x: torch.Tensor, scale: torch.Tensor, zero_point: tor
     if not scale.dtype.is_floating_point:
         raise TypeError(f"{op}: scale must have a floating-point dtype; got {scale.dtype}")
     if zero_point.dtype not in ZERO_POINT_DTYPES:
-        raise TypeError(f"{op}: zero_point must be int32, int64 or floating-point; got {zero_point.dtype}")
+        raise TypeError(
+            f"{op}: zero_point must be int32, int64 or floating-point other than float64; got {zero_point.dtype}"
+        )
     for name, tensor in (("scale", scale), ("zero_point", zero_point)):
         check_device(op, name, tensor, x)
         check_group_shape(op, name, tensor, x, axis)

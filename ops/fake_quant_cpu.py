@@ -29,11 +29,13 @@ def _with_strides_of(like: Tensor, values: Tensor) -> Tensor:
     return values if values.stride() == out.stride() and values.dtype == like.dtype else out.copy_(values)
 
 
-def _overflows(inverse: Tensor) -> bool:
-    """Whether some 1 / scale is infinite or NaN, so that x = 0 has no code of its own."""
+def _is_degenerate(inverse: Tensor) -> bool:
+    """Whether some 1 / scale is 0, infinite or NaN, so that a product with x can be NaN without x being it."""
     if inverse.numel() == 1:
-        return not math.isfinite(inverse.item())
-    return not math.isfinite(inverse.abs().amax().item())
+        value = inverse.item()
+        return value == 0 or not math.isfinite(value)
+    smallest, largest = torch.aminmax(inverse.abs())
+    return smallest.item() == 0 or not math.isfinite(largest.item())
 
 
 def _codes(x: Tensor, inverse: Tensor, zero_point: Tensor | float) -> Tensor:
@@ -101,7 +103,7 @@ def fake_quantize_cpu(
     shape = channel_shape(x, axis)
     scale = scale.float().reshape(shape)
     inverse = 1.0 / scale
-    if _overflows(inverse):
+    if _is_degenerate(inverse):
         return _with_strides_of(
             x, fake_quantize_composition(x, scale.reshape(-1), zero_point, quant_min, quant_max, axis)
         )

@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 
+from qkernels.autotune.heuristics import MAX_SHARED_GROUPS
 from qkernels.launch import mark_written
 from qkernels.ops import checks
-from qkernels.ops.registration import decompose, register
+from qkernels.ops.registration import decompose, not_differentiable, register
 
 Tensor = torch.Tensor
+
+
+def new_workspace(device: torch.device, axis: int | None) -> Tensor:
+    """Arrival counters for one observer: enough for whatever input comes along `axis`."""
+    return torch.zeros(1 if axis is None else MAX_SHARED_GROUPS, dtype=torch.int32, device=device)
 
 
 def extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
@@ -198,18 +204,22 @@ def _observe_minmax_fake(
     check_observe("observe_minmax_", x, min_val, max_val, axis, enabled, workspace)
 
 
-_aminmax_op = register(
-    "aminmax(Tensor x, int? axis=None) -> (Tensor min, Tensor max)",
-    aten=_aminmax_aten,
-    triton=_aminmax_triton,
-    fake=_aminmax_fake,
+_aminmax_op = not_differentiable(
+    register(
+        "aminmax(Tensor x, int? axis=None) -> (Tensor min, Tensor max)",
+        aten=_aminmax_aten,
+        triton=_aminmax_triton,
+        fake=_aminmax_fake,
+    )
 )
-_observe_minmax_op = register(
-    "observe_minmax_(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, float? averaging_constant=None, "
-    "int? axis=None, Tensor? enabled=None, Tensor(c!)? workspace=None) -> ()",
-    aten=_observe_minmax_aten,
-    triton=_observe_minmax_triton,
-    fake=_observe_minmax_fake,
+_observe_minmax_op = not_differentiable(
+    register(
+        "observe_minmax_(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, float? averaging_constant=None, "
+        "int? axis=None, Tensor? enabled=None, Tensor(c!)? workspace=None) -> ()",
+        aten=_observe_minmax_aten,
+        triton=_observe_minmax_triton,
+        fake=_observe_minmax_fake,
+    )
 )
 
 
@@ -271,8 +281,9 @@ def observe_minmax_(
             all batches. Where min is +inf and max is -inf the batch's values are taken as they are.
         axis: channel axis of x, negative allowed; None for one pair.
         enabled: device flag, 1 element, uint8, int32, int64 or bool; 0 leaves the statistics alone. None is on.
-        workspace: int32, 1 element, 0, owned by this observer alone: the kernel's arrival counter, back at 0
-            afterwards. None allocates one (a memset more). Unused on the CPU.
+        workspace: int32 zeros, owned by this observer alone: the kernel's arrival counters, back at 0 afterwards. 1
+            element is enough per tensor, 1024 are per channel. None, or too few, allocates (a memset more). Unused on
+            the CPU.
 
     Raises:
         TypeError: an argument has the wrong dtype.

@@ -14,7 +14,7 @@ from qkernels.ops.qparams_rules import (
     symmetric_zero_point_of,
     zero_point_dtype,
 )
-from qkernels.ops.registration import decompose, register
+from qkernels.ops.registration import decompose, not_differentiable, register
 
 Tensor = torch.Tensor
 
@@ -55,8 +55,10 @@ def _reciprocal_fake(scale: Tensor) -> Tensor:
 
 
 # Internal: the IEEE 1 / scale per channel that Inductor's CUDA code cannot express (see compositions.py).
-_reciprocal_op = register(
-    "reciprocal(Tensor scale) -> Tensor", aten=_reciprocal_aten, triton=_reciprocal_triton, fake=_reciprocal_fake
+_reciprocal_op = not_differentiable(
+    register(
+        "reciprocal(Tensor scale) -> Tensor", aten=_reciprocal_aten, triton=_reciprocal_triton, fake=_reciprocal_fake
+    )
 )
 
 
@@ -117,12 +119,14 @@ def _choose_qparams_fake(
     return min_val.new_empty(shape), min_val.new_empty(shape, dtype=zero_point_dtype(rule, min_val.dtype))
 
 
-_choose_qparams_op = register(
-    "choose_qparams(Tensor min_val, Tensor max_val, int quant_min, int quant_max, str rule, "
-    "int symmetric_zero_point, Tensor eps) -> (Tensor scale, Tensor zero_point)",
-    aten=_choose_qparams_aten,
-    triton=_choose_qparams_triton,
-    fake=_choose_qparams_fake,
+_choose_qparams_op = not_differentiable(
+    register(
+        "choose_qparams(Tensor min_val, Tensor max_val, int quant_min, int quant_max, str rule, "
+        "int symmetric_zero_point, Tensor eps) -> (Tensor scale, Tensor zero_point)",
+        aten=_choose_qparams_aten,
+        triton=_choose_qparams_triton,
+        fake=_choose_qparams_fake,
+    )
 )
 
 

@@ -54,7 +54,7 @@ def _divide(numerator: Tensor, divisor: float) -> Tensor:
     """IEEE division by a number. ATen's CUDA kernel multiplies by the reciprocal of a Python scalar instead."""
     if numerator.device.type == "cpu":
         return numerator / divisor
-    return numerator / torch.full((), divisor, dtype=torch.float32, device=numerator.device)
+    return numerator / torch.full((), divisor, dtype=torch.float64, device=numerator.device)
 
 
 def apply_rule(
@@ -96,11 +96,11 @@ def _fused_rule(min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int
     if rule == "fused_symmetric":
         above = float((quant_max - quant_min) // 2)
         below = -(above + 1.0)
-        widest = torch.maximum((min_val / below).abs(), (max_val / above).abs())
+        widest = torch.maximum(_divide(min_val, below).abs(), _divide(max_val, above).abs())
         low = torch.where(two_sided, below * widest, low)
         high = torch.where(two_sided, above * widest, high)
     span = quant_max - quant_min
-    scale = ((high.double() - low.double()) / float(span)).float()
+    scale = _divide(high.double() - low.double(), float(span)).float()
     scale = torch.where((scale == 0) | torch.isinf(1.0 / scale), 0.1, scale)
     # A small scale is cut off, and the range widened to match.
     small = scale < SMALL_SCALE

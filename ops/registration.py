@@ -7,22 +7,19 @@ enough for that to matter.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from qkernels.launch import INTERPRETED
+
 # Version of the numbers this package produces under torch.compile. Raise it with every change of a decomposition:
 # AOTAutograd's disk cache keys on the graph before decomposition and would otherwise serve code of the old formula.
 NUMERICS_VERSION = 1
 
 LIBRARY = torch.library.Library("qkernels", "DEF")
-
-# With TRITON_INTERPRET=1 Triton runs kernels on CPU tensors. The operators then use them there, so that everything
-# built on the operators can be tested against the kernels without a GPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def extend_cache_key() -> None:
@@ -52,10 +49,26 @@ def register(
         The `.default` overload.
     """
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # With TRITON_INTERPRET=1 Triton runs kernels on CPU tensors. The operators then use them there, so that everything
+    # built on the operators can be tested against the kernels without a GPU.
     LIBRARY.impl(name, triton if INTERPRETED else aten, "CPU")
     LIBRARY.impl(name, triton, "CUDA")
     torch.library.register_fake(f"qkernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.qkernels, name).default
+
+
+def not_differentiable(op: Any) -> Any:
+    """Keep autograd out of an operator: results and written arguments require no gradient, whatever x does.
+
+    Without this the ATen implementation would chain every batch's graph into the running statistics.
+    """
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **kwargs)
+
+    LIBRARY.impl(op._schema.name.split("::")[1], kernel, "Autograd")
+    return op
 
 
 def decompose(op: Any, composition: Callable[..., Any], keep: Callable[..., bool]) -> None:

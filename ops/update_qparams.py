@@ -12,7 +12,7 @@ from qkernels.ops import checks
 from qkernels.ops.minmax import cast_like, check_observe, choose, extremes, fold, keep_on_gpu, kernels_support
 from qkernels.ops.qparams import check_rule, fits_kernel
 from qkernels.ops.qparams_rules import apply_rule
-from qkernels.ops.registration import decompose, register
+from qkernels.ops.registration import decompose, not_differentiable, register
 
 Tensor = torch.Tensor
 
@@ -166,14 +166,16 @@ def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(update.scale), torch.empty_like(update.zero_point)
 
 
-_update_qparams_op = register(
-    "update_qparams_(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, "
-    "int quant_min, int quant_max, str rule='affine', int symmetric_zero_point=0, Tensor? eps=None, "
-    "float? averaging_constant=None, int? axis=None, Tensor? enabled=None, Tensor(e!)? workspace=None, "
-    "Tensor? qparams_enabled=None) -> (Tensor scale_copy, Tensor zero_point_copy)",
-    aten=_aten,
-    triton=_triton,
-    fake=_fake,
+_update_qparams_op = not_differentiable(
+    register(
+        "update_qparams_(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, "
+        "int quant_min, int quant_max, str rule='affine', int symmetric_zero_point=0, Tensor? eps=None, "
+        "float? averaging_constant=None, int? axis=None, Tensor? enabled=None, Tensor(e!)? workspace=None, "
+        "Tensor? qparams_enabled=None) -> (Tensor scale_copy, Tensor zero_point_copy)",
+        aten=_aten,
+        triton=_triton,
+        fake=_fake,
+    )
 )
 decompose(_update_qparams_op, _composition, keep_on_gpu)
 

@@ -19,17 +19,21 @@ if not (_HERE / "ops").is_dir() and (_HERE.parent / "pyproject.toml").is_file():
 
 if TYPE_CHECKING:
     from qkernels import autotune, modules, ops
+    from qkernels.modules import freeze, swap, swap_qconfig_mapping, verify
 
 _SUBPACKAGES = ("autotune", "modules", "ops")
+_FUNCTIONS = ("freeze", "swap", "swap_qconfig_mapping", "verify")  # of qkernels.modules
 
-__all__ = ["__version__", "autotune", "modules", "ops"]
+__all__ = ["__version__", "autotune", "freeze", "modules", "ops", "swap", "swap_qconfig_mapping", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"{__name__}.modules"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBPACKAGES})
+    return sorted({*globals(), *_SUBPACKAGES, *_FUNCTIONS})

@@ -6,13 +6,13 @@ three functions carry an exact second form for it. Which form is used is fixed a
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from qkernels import launch
+
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit

@@ -8,7 +8,8 @@ All arithmetic is float32 whatever the dtype of x (a fractional zero point is su
 one rounding when y is stored. Bit-equal to
 `fake_quantize_per_tensor_affine` and `fake_quantize_per_channel_affine` on the CPU (torch 2.13,
 aten/src/ATen/native/quantized/cpu/kernels/QuantizedOpKernels.cpp) for every finite x. NaN stays NaN with gradient 0;
-infinities saturate. No mask is saved: the backward computes q again, which is cheaper than 2 more bytes per element.
+infinities saturate. No mask is saved: the backward computes q again from x, which the layer before mostly keeps alive
+anyway.
 
 Bytes per element: forward 2 itemsizes, backward 3.
 """
@@ -162,14 +163,15 @@ def _fake_quant_tiled_kernel(
         mask_k = lane < run
         offset_k = lane.to(tl.int64)
         strides = run_strides
-        tiles_per_row = tl.cdiv(run, BLOCK_K)
+        tiles_per_row = (run - 1) // BLOCK_K + 1  # tl.cdiv would overflow just below 2**31
     scale, inverse, zero_point = _load_qparams(scale_ptr, zero_point_ptr, channel, mask_c, FLOAT_ZERO_POINT)
     scale = scale[None, :]
     inverse = inverse[None, :]
     zero_point = zero_point[None, :]
-    n_tiles = tl.cdiv(n_rows, BLOCK_R) * tiles_per_row
+    n_tiles = ((n_rows - 1) // BLOCK_R + 1) * tiles_per_row
 
-    for tile in range(part, n_tiles, n_parts):
+    for number in range(part, n_tiles, n_parts):
+        tile = n_tiles - 1 - number  # back to front, as in the flat kernel
         row = (tile // tiles_per_row) * BLOCK_R + tl.arange(0, BLOCK_R)
         if not CHANNEL_INNERMOST:
             k = (tile % tiles_per_row) * BLOCK_K + lane

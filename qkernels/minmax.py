@@ -1,9 +1,10 @@
-"""Min/max kernels: one launch reads x once, and its last program finishes: store, update statistics, qparams.
+"""Min/max kernels: one launch reads x once and finishes: store, update statistics, qparams.
 
-For every group (the whole tensor, or each channel) the programs reduce their share of x to one partial per channel.
-The last program to arrive, found with one atomic counter, combines the partials and does what the caller asked for:
-stores min and max, folds them into running statistics, and derives scale and zero point. No second launch, no host
-read. Min and max are exact, so the result does not depend on the order of programs.
+A group of channels (one channel; a block of them where the channel is innermost; the whole tensor) is reduced by one or
+several programs. One finishes at once. Of several each stores a partial, and the last to arrive, found with an atomic
+counter of the group, combines them. Finishing is what the caller asked for: store min and max, fold them into running
+statistics, derive scale and zero point. No second launch, no host read. Min and max are exact, so the result does not
+depend on the order of programs.
 
 Bytes: itemsize of x per element, plus 8 per program and channel for the partials. NaN propagates, as torch.aminmax.
 Empty input is the caller's business.
@@ -62,31 +63,35 @@ class Statistics(NamedTuple):
 def _finish(low, high, channel, mask, stats, UPDATE: tl.constexpr, RULE: tl.constexpr):
     """Fold the batch's min `low` and max `high` of block `channel` into the statistics and derive qparams."""
     on = is_on(stats.enabled)
+    # All old state is read before any is written.
     if UPDATE != STORE:
         old_low = tl.load(stats.min_val + channel, mask=mask, other=0.0)
         old_high = tl.load(stats.max_val + channel, mask=mask, other=0.0)
-        if UPDATE == EXTREMES:
-            low = min_nan(low, old_low)
-            high = max_nan(high, old_high)
+    if RULE is not None:
+        old_scale = tl.load(stats.scale + channel, mask=mask, other=1.0)
+        old_zero_point = tl.load(stats.zero_point + channel, mask=mask, other=0)
+
+    if UPDATE == EXTREMES:
+        low = tl.where(on, min_nan(low, old_low), old_low)
+        high = tl.where(on, max_nan(high, old_high), old_high)
+    elif UPDATE != STORE:
+        constant = stats.averaging_constant
+        if UPDATE == AVERAGE:
+            first_low = (old_low == float("inf")) & (old_high == float("-inf"))
+            first_high = first_low
         else:
-            constant = stats.averaging_constant
-            if UPDATE == AVERAGE:
-                first_low = (old_low == float("inf")) & (old_high == float("-inf"))
-                first_high = first_low
-            else:
-                first_low = tl.abs(old_low) == float("inf")
-                first_high = tl.abs(old_high) == float("inf")
-            low = tl.where(first_low, low, old_low + constant * (low - old_low))
-            high = tl.where(first_high, high, old_high + constant * (high - old_high))
+            first_low = tl.abs(old_low) == float("inf")
+            first_high = tl.abs(old_high) == float("inf")
+        low = tl.where(first_low, low, old_low + constant * (low - old_low))
+        high = tl.where(first_high, high, old_high + constant * (high - old_high))
         low = tl.where(on, low, old_low)
         high = tl.where(on, high, old_high)
     tl.store(stats.min_val + channel, low.to(stats.min_val.dtype.element_ty), mask=mask)
     tl.store(stats.max_val + channel, high.to(stats.max_val.dtype.element_ty), mask=mask)
+
     if RULE is not None:
         if stats.qparams_enabled is not None:
             on = is_on(stats.qparams_enabled)
-        old_scale = tl.load(stats.scale + channel, mask=mask, other=1.0)
-        old_zero_point = tl.load(stats.zero_point + channel, mask=mask, other=0)
         scale, zero_point = qparams_of(low, high, stats.rule, RULE)
         scale = tl.where(on, scale, old_scale)
         zero_point = tl.where(on, zero_point.to(old_zero_point.dtype), old_zero_point)
@@ -97,37 +102,47 @@ def _finish(low, high, channel, mask, stats, UPDATE: tl.constexpr, RULE: tl.cons
 
 
 @triton.jit
-def _finish_if_last(
-    partials_ptr,  # (2, n_parts, n_channels) float32: minima, then maxima
-    counter_ptr,  # (1,) int32, 0 before and after the launch
+def _combine(
+    low,  # (BLOCK_C,) float32: this program's minima of block `channel`
+    high,
+    channel,  # (BLOCK_C,)
+    mask,
+    partials_ptr,  # (2, n_parts, n_channels) float32: minima, then maxima; unused if n_parts is 1
+    counter_ptr,  # int32, one per group, 0 before and after the launch; unused if n_parts is 1
+    group,
+    part,
     n_parts,
     n_channels,
-    n_programs,
     stats,
     UPDATE: tl.constexpr,
     RULE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    """Count this program; the last one combines all partials, channel block by channel block."""
-    tl.debug_barrier()  # every thread's partials are stored before one thread announces them
-    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-    if arrived == n_programs - 1:
-        for first_channel in range(0, n_channels, BLOCK_C):
-            channel = first_channel + tl.arange(0, BLOCK_C)
-            mask_c = channel < n_channels
-            low = tl.full((BLOCK_P, BLOCK_C), float("inf"), tl.float32)
-            high = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
+    """Finish these channels, if no other program shares them or all others have arrived."""
+    if SPLIT:
+        partial = partials_ptr + part * n_channels + channel
+        tl.store(partial, low, mask=mask)
+        tl.store(partial + n_parts * n_channels, high, mask=mask)
+        tl.debug_barrier()  # every thread's partials are stored before one thread announces them
+        arrived = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel", scope="gpu")
+        if arrived == n_parts - 1:
+            all_low = tl.full((BLOCK_P, channel.shape[0]), float("inf"), tl.float32)
+            all_high = tl.full((BLOCK_P, channel.shape[0]), float("-inf"), tl.float32)
             for first_part in range(0, n_parts, BLOCK_P):
-                part = first_part + tl.arange(0, BLOCK_P)
-                mask = (part < n_parts)[:, None] & mask_c[None, :]
-                offset = part[:, None] * n_channels + channel[None, :]
-                # .cg: read from L2, where other programs' stores are; this SM's L1 may hold nothing or something older
-                low = min_nan(low, tl.load(partials_ptr + offset, mask, float("inf"), cache_modifier=".cg"))
+                parts = first_part + tl.arange(0, BLOCK_P)
+                mask_p = (parts < n_parts)[:, None] & mask[None, :]
+                offset = parts[:, None] * n_channels + channel[None, :]
+                # .cg: read from L2, where other programs' stores are; this SM's L1 may hold something older
+                all_low = min_nan(all_low, tl.load(partials_ptr + offset, mask_p, float("inf"), cache_modifier=".cg"))
                 offset += n_parts * n_channels
-                high = max_nan(high, tl.load(partials_ptr + offset, mask, float("-inf"), cache_modifier=".cg"))
-            _finish(tl.reduce(low, 0, min_nan), tl.reduce(high, 0, max_nan), channel, mask_c, stats, UPDATE, RULE)
-        tl.store(counter_ptr, 0)
+                all_high = max_nan(
+                    all_high, tl.load(partials_ptr + offset, mask_p, float("-inf"), cache_modifier=".cg")
+                )
+            _finish(tl.reduce(all_low, 0, min_nan), tl.reduce(all_high, 0, max_nan), channel, mask, stats, UPDATE, RULE)
+            tl.store(counter_ptr + group, 0)
+    else:
+        _finish(low, high, channel, mask, stats, UPDATE, RULE)
 
 
 @triton.jit(do_not_specialize=["n"])  # n meets only comparisons: nothing to gain, compilations to lose
@@ -139,6 +154,7 @@ def _minmax_flat_kernel(
     stats,
     UPDATE: tl.constexpr,
     RULE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -161,9 +177,13 @@ def _minmax_flat_kernel(
         low = min_nan(low, tl.where(mask, x, float("inf")))
         high = max_nan(high, tl.where(mask, x, float("-inf")))
 
-    tl.store(partials_ptr + program, tl.reduce(low, 0, min_nan))
-    tl.store(partials_ptr + n_programs + program, tl.reduce(high, 0, max_nan))
-    _finish_if_last(partials_ptr, counter_ptr, n_programs, 1, n_programs, stats, UPDATE, RULE, BLOCK_P, 1)
+    only = tl.arange(0, 1)
+    low = tl.reduce(low, 0, min_nan, keep_dims=True)
+    high = tl.reduce(high, 0, max_nan, keep_dims=True)
+    _combine(
+        low, high, only, only == 0, partials_ptr, counter_ptr, 0, program, n_programs, 1,
+        stats, UPDATE, RULE, SPLIT, BLOCK_P,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -183,10 +203,10 @@ def _minmax_tiled_kernel(
     RULE: tl.constexpr,
     CHANNEL_INNERMOST: tl.constexpr,
     VEC: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """Grid (channels or blocks of BLOCK_K channels, parts); a part takes every n_parts-th tile of its channels."""
     group = tl.program_id(0)
@@ -199,15 +219,17 @@ def _minmax_tiled_kernel(
         n_channels = n_channels * VEC
         channel = group * BLOCK_K + lane
         base = x_ptr + channel.to(tl.int64)[None, :] * channel_stride
-        mask_k = channel < n_channels
+        mask_c = channel < n_channels
+        mask_k = mask_c
         tiles_per_row = 1
     else:
         run = run * VEC
-        channel = group
+        channel = group + tl.arange(0, 1)
+        mask_c = channel < n_channels
         base = x_ptr + group.to(tl.int64) * channel_stride * VEC
         mask_k = lane < run
-        tiles_per_row = tl.cdiv(run, BLOCK_K)
-    n_tiles = tl.cdiv(n_rows, BLOCK_R) * tiles_per_row
+        tiles_per_row = (run - 1) // BLOCK_K + 1  # tl.cdiv would overflow just below 2**31
+    n_tiles = ((n_rows - 1) // BLOCK_R + 1) * tiles_per_row
     n_tiles = tl.where(is_on(stats.enabled), n_tiles, 0)  # a disabled observer reads nothing
 
     for tile in range(part, n_tiles, n_parts):
@@ -222,18 +244,13 @@ def _minmax_tiled_kernel(
         low = min_nan(low, tl.where(mask, x, float("inf")))
         high = max_nan(high, tl.where(mask, x, float("-inf")))
 
-    low = tl.reduce(low, 0, min_nan)
-    high = tl.reduce(high, 0, max_nan)
-    partial = partials_ptr + part * n_channels + channel
-    maxima = n_parts * n_channels
-    if CHANNEL_INNERMOST:
-        tl.store(partial, low, mask=channel < n_channels)
-        tl.store(partial + maxima, high, mask=channel < n_channels)
-    else:
-        tl.store(partial, tl.reduce(low, 0, min_nan))
-        tl.store(partial + maxima, tl.reduce(high, 0, max_nan))
-    n_programs = tl.num_programs(0) * n_parts
-    _finish_if_last(partials_ptr, counter_ptr, n_parts, n_channels, n_programs, stats, UPDATE, RULE, BLOCK_P, BLOCK_C)
+    if not CHANNEL_INNERMOST:
+        low = tl.reduce(low, 1, min_nan, keep_dims=True)
+        high = tl.reduce(high, 1, max_nan, keep_dims=True)
+    _combine(
+        tl.reduce(low, 0, min_nan), tl.reduce(high, 0, max_nan), channel, mask_c,
+        partials_ptr, counter_ptr, group, part, n_parts, n_channels, stats, UPDATE, RULE, SPLIT, BLOCK_P,
+    )  # fmt: skip
 
 
 def launch_minmax(
@@ -253,11 +270,9 @@ def launch_minmax(
         axis: channel axis in [0, x.ndim), or None.
         update: "store", "extremes", "average" or "fused_average".
         rule: qparams rule (`qkernels.ops.qparams_rules.RULES`), or None for min and max alone.
-        workspace: int32, 1 element, holding 0, and used by no other launch that may run at the same time. None
-            allocates one, which costs a memset.
+        workspace: int32 zeros that no other launch uses which may run at the same time. None, or fewer than the
+            groups that several programs share (MAX_SHARED_GROUPS always suffice), allocates, which costs a memset.
     """
-    if workspace is None:
-        workspace = torch.zeros(1, dtype=torch.int32, device=x.device)
     layout = plan(tuple(x.shape), (x.stride(),), axis, skip_repeats=True)
     if isinstance(layout, Flat):
         _launch_flat(layout, x, stats, update, rule, workspace)
@@ -265,20 +280,32 @@ def launch_minmax(
         _launch_tiled(layout, x, stats, update, rule, workspace)
 
 
+def _partials(x: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.empty(2 * count, dtype=torch.float32, device=x.device)
+
+
+def _counters(x: torch.Tensor, workspace: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """`count` zeros: the caller's if they are enough, else new ones; None if nothing is to be counted."""
+    if count == 0 or (workspace is not None and workspace.numel() >= count):
+        return workspace if count else None
+    return torch.zeros(count, dtype=torch.int32, device=x.device)
+
+
 def _launch_flat(
-    layout: Flat, x: torch.Tensor, stats: Statistics, update: str, rule: str | None, workspace: torch.Tensor
+    layout: Flat, x: torch.Tensor, stats: Statistics, update: str, rule: str | None, workspace: torch.Tensor | None
 ) -> None:
     config = flat_reduction(layout.n, x.device)
     launch(
         _minmax_flat_kernel,
         (config.programs,),
         x,
-        torch.empty(2 * config.programs, dtype=torch.float32, device=x.device),
-        workspace,
+        _partials(x, config.programs),
+        _counters(x, workspace, 1 if config.programs > 1 else 0),
         layout.n,
         stats,
         UPDATE=update,
         RULE=rule,
+        SPLIT=config.programs > 1,
         BLOCK=config.block,
         BLOCK_P=config.block_parts,
         num_warps=config.num_warps,
@@ -286,17 +313,17 @@ def _launch_flat(
 
 
 def _launch_tiled(
-    layout: Channels, x: torch.Tensor, stats: Statistics, update: str, rule: str | None, workspace: torch.Tensor
+    layout: Channels, x: torch.Tensor, stats: Statistics, update: str, rule: str | None, workspace: torch.Tensor | None
 ) -> None:
     inner = layout.channel_innermost
-    config = tiled_reduction(layout.n_rows, layout.run, layout.channels, inner, x.device)
+    config = tiled_reduction(layout.n_rows, layout.run, layout.channels, inner, x.device, x.element_size())
     vec = layout.vec
     launch(
         _minmax_tiled_kernel,
         (config.groups, config.parts),
         x,
-        torch.empty(2 * config.parts * layout.channels, dtype=torch.float32, device=x.device),
-        workspace,
+        _partials(x, config.parts * layout.channels if config.parts > 1 else 1),
+        _counters(x, workspace, config.groups if config.parts > 1 else 0),
         stats,
         layout.rows,
         tuple(stride // vec for stride in layout.row_strides[0]),
@@ -309,9 +336,9 @@ def _launch_tiled(
         RULE=rule,
         CHANNEL_INNERMOST=inner,
         VEC=vec,
+        SPLIT=config.parts > 1,
         BLOCK_R=config.block_rows,
         BLOCK_K=config.block_lanes,
         BLOCK_P=config.block_parts,
-        BLOCK_C=config.block_channels,
         num_warps=config.num_warps,
     )

@@ -88,13 +88,19 @@ def package_of(path: Path) -> str:
     return ".".join(folders if folders[0] == "qkernels" else ("qkernels", *folders))
 
 
+# The one module that exists for torchao; nothing imports it but who asks for it by name.
+TORCHAO_FACE = ROOT / "modules" / "pt2e.py"
+
 SOURCES = [path for level in LEVELS for path in sorted((ROOT / level).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
-    assert violations(path.read_text(encoding="utf-8"), folder, package_of(path)) == []
+    found = violations(path.read_text(encoding="utf-8"), folder, package_of(path))
+    if path == TORCHAO_FACE:
+        found = [text for text in found if " imports torchao." not in text]
+    assert found == []
 
 
 def test_every_folder_was_read() -> None:

@@ -31,6 +31,7 @@ from torch._dynamo import device_interface
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes import joint_graph, post_grad
 from torch._inductor.runtime import triton_helpers
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -96,6 +97,7 @@ def pretend_cuda() -> None:
     torch.cuda.set_rng_state = lambda state, device="cuda": None
     torch.cuda._lazy_init = lambda: None
     torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = lambda device: 0
+    fake_tensor.init_gpu_context = lambda device: None  # a build with CUDA allocates there, to start the driver
     torch.Tensor.__invert__ = torch.Tensor.bitwise_not  # the operator `~` asks for a device guard in C++
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # imported by generated code
     list(device_interface.get_registered_device_interfaces())  # registers the real ones, once; replaced here

@@ -37,9 +37,14 @@ def parameters(cls: type) -> list[tuple[str, Any, Any]]:
 @pytest.mark.parametrize("name", CLASSES)
 def test_signature(name: str) -> None:
     mine, theirs = parameters(getattr(ours, name)), parameters(getattr(stock, name))
-    if name == "FusedMovingAvgObsFakeQuantize":  # the one addition, before **observer_kwargs
-        extra = [p for p in mine if p[0] == "consistent_qparams"]
-        assert [(e[0], e[2]) for e in extra] == [("consistent_qparams", False)]
+    additions = {  # one each, before **kwargs, off by default
+        "FusedMovingAvgObsFakeQuantize": "consistent_qparams",
+        "MinMaxObserver": "memoryless",
+        "PerChannelMinMaxObserver": "memoryless",
+    }
+    if name in additions:
+        extra = [p for p in mine if p[0] == additions[name]]
+        assert [(e[0], e[2]) for e in extra] == [(additions[name], False)]
         mine.remove(extra[0])
     assert mine == theirs
 
