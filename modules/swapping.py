@@ -163,9 +163,13 @@ def swap(model: nn.Module) -> SwapReport:
 
 
 def unswap(model: nn.Module) -> None:
-    """Give every module of ours, and every subclass of one, the stock class that it extends, in place."""
+    """Give every module of ours, and every subclass of one, the stock class that it extends, in place.
+
+    Frozen observers stay: a stock one would observe again.
+    """
+    module: Any
     for module in model.modules():
-        if isinstance(module, CORES):
+        if isinstance(module, CORES) and (isinstance(module, FakeQuantizeCore) or not module.frozen):
             module.__class__ = next(cls for cls in type(module).__mro__ if is_stock(cls))
             module._buffers.pop("workspace", None)
             module._non_persistent_buffers_set.discard("workspace")

@@ -170,8 +170,7 @@ def _fake_quant_tiled_kernel(
     zero_point = zero_point[None, :]
     n_tiles = ((n_rows - 1) // BLOCK_R + 1) * tiles_per_row
 
-    for number in range(part, n_tiles, n_parts):
-        tile = n_tiles - 1 - number  # back to front, as in the flat kernel
+    for tile in range(part, n_tiles, n_parts):
         row = (tile // tiles_per_row) * BLOCK_R + tl.arange(0, BLOCK_R)
         if not CHANNEL_INNERMOST:
             k = (tile % tiles_per_row) * BLOCK_K + lane

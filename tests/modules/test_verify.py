@@ -119,6 +119,13 @@ def test_state_and_flags_are_where_both_start() -> None:
     assert qkernels.verify(model, batches())
 
 
+def test_a_frozen_model_is_good() -> None:
+    model = Layers()
+    model(batches()[0])
+    report = qkernels.verify(qkernels.freeze(model), batches())
+    assert report, str(report)
+
+
 def test_a_model_that_writes_into_its_input() -> None:
     """Both see the batch as it was, and the caller keeps it so."""
 
