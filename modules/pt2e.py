@@ -18,10 +18,18 @@ try:
 except ImportError as error:
     raise ImportError("qkernels.modules.pt2e needs torchao: pip install 'qkernels[torchao]'") from error
 
+from qkernels.modules.factories import counterpart
 from qkernels.modules.fake_quant_core import FakeQuantizeCore, FixedQParamsCore, FusedMovingAvgCore
 from qkernels.modules.observer_core import MinMaxCore, PerChannelMinMaxCore, StockConstructor
 from qkernels.modules.simple_observers import FixedQParamsCore as FixedQParamsObserverCore
 from qkernels.modules.simple_observers import PassThroughCore, RecordingCore
+
+disable_fake_quant = stock.disable_fake_quant
+disable_observer = stock.disable_observer
+enable_fake_quant = stock.enable_fake_quant
+enable_observer = stock.enable_observer
+get_observer_state_dict = stock_observer.get_observer_state_dict
+load_observer_state_dict = stock_observer.load_observer_state_dict
 
 ObserverBase = stock_observer.ObserverBase
 UniformQuantizationObserverBase = stock_observer.UniformQuantizationObserverBase
@@ -138,3 +146,11 @@ class FixedQParamsFakeQuantize(FixedQParamsCore, FakeQuantize, stock.FixedQParam
     def __init__(self, observer: Any) -> None:
         FakeQuantize.__init__(self, observer=observer)
         self._init_fixed(observer, stock_observer.FixedQParamsObserver, FixedQParamsObserver)
+
+
+def __getattr__(name: str) -> Any:
+    """The factories of torchao (`default_fake_quant`, `default_weight_observer`, ...), built from our classes."""
+    for library in (stock, stock_observer):
+        if name in library.__all__ and name.startswith(("default_", "weight_", "per_channel_", "fused_")):
+            return counterpart(getattr(library, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
