@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.modules.observer_core import MinMaxCore, give_shape, shape_statistics
+from qkernels.modules.observer_core import MinMaxCore, give_shape, given, shape_statistics
 from qkernels.ops import fake_quantize, update_qparams_
 from qkernels.ops.checks import check_axis, check_x
-from qkernels.ops.minmax import new_workspace
+from qkernels.ops.minmax import new_workspace, renewed_workspace
 from qkernels.ops.qparams import choose_qparams_by_rule
 from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
 
@@ -77,9 +77,21 @@ class FakeQuantizeCore(ABC, nn.Module):
             return self._observe_with_foreign(X)
         if _known_off(self.observer_enabled):
             return self.scale.clone(), self.zero_point.clone()
-        self._prepare_state(X, observer.observed_axis)
         if observer.memoryless:
+            self._prepare_state(X, observer.observed_axis)
             observer.forget(self.observer_enabled)
+        return self._update_qparams(X, observer)
+
+    def _update_qparams(self, X: Tensor, source: Any, qparams_enabled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Observe X and renew scale and zero point; copies of the two.
+
+        Args:
+            X: the batch.
+            source: who owns rule, symmetric zero point, axis and arrival counters: the observer, or this module.
+            qparams_enabled: flag of scale and zero point, if it is not `observer_enabled`.
+        """
+        observer = self.activation_post_process
+        self._prepare_state(X, source.observed_axis)
         return update_qparams_(
             X.detach(),
             observer.min_val,
@@ -88,13 +100,14 @@ class FakeQuantizeCore(ABC, nn.Module):
             self.zero_point,
             observer.quant_min,
             observer.quant_max,
-            rule=observer.qparams_rule,
-            symmetric_zero_point=observer.symmetric_zero_point,
+            rule=source.qparams_rule,
+            symmetric_zero_point=source.symmetric_zero_point,
             eps=observer.eps,
             averaging_constant=observer.averaging_constant,
-            axis=observer.observed_axis,
+            axis=source.observed_axis,
             enabled=self.observer_enabled,
-            workspace=observer.workspace,
+            workspace=source.workspace,
+            qparams_enabled=qparams_enabled,
         )
 
     def _check_input(self, X: Tensor) -> None:
@@ -215,7 +228,7 @@ class FusedMovingAvgCore(FakeQuantizeCore):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.workspace = new_workspace(self.scale.device, self.observed_axis)  # see MinMaxCore
+        self.workspace = renewed_workspace(self.workspace, self.scale.device, self.observed_axis)  # see MinMaxCore
 
     def reset_parameters(self) -> None:
         """Give every buffer the value it has in a fresh module: after `to_empty()`, or meta initialisation."""
@@ -223,27 +236,9 @@ class FusedMovingAvgCore(FakeQuantizeCore):
         self.workspace.zero_()
 
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        observer = self.activation_post_process
         if _known_off(self.observer_enabled) and _known_off(self.fake_quant_enabled):
-            return self.scale, self.zero_point
-        self._prepare_state(X, self.observed_axis)
-        return update_qparams_(
-            X.detach(),
-            observer.min_val,
-            observer.max_val,
-            self.scale,
-            self.zero_point,
-            observer.quant_min,
-            observer.quant_max,
-            rule=self.qparams_rule,
-            symmetric_zero_point=self.symmetric_zero_point,
-            eps=observer.eps,
-            averaging_constant=observer.averaging_constant,
-            axis=self.observed_axis,
-            enabled=self.observer_enabled,
-            workspace=self.workspace,
-            qparams_enabled=self.fake_quant_enabled,
-        )
+            return self.scale, self.zero_point  # unused: X is returned as it is
+        return self._update_qparams(X, self, self.fake_quant_enabled)
 
 
 class FixedQParamsCore(FakeQuantizeCore):
@@ -252,13 +247,11 @@ class FixedQParamsCore(FakeQuantizeCore):
     qscheme: torch.qscheme
 
     def _init_core(self) -> None:
-        """Remember the given qparams for `reset_parameters`; on meta there is nothing to read."""
+        """Remember the given qparams for `reset_parameters`."""
         fixed = self.activation_post_process
-        known = not self.scale.is_meta
-        self._initial_scale = getattr(fixed, "_initial_scale", None) or (self.scale.item() if known else 1.0)
-        self._initial_zero_point = getattr(fixed, "_initial_zero_point", None) or (
-            self.zero_point.item() if known else 0
-        )
+        ours = hasattr(fixed, "_initial_scale")  # constructed by us, so known on meta too
+        self._initial_scale = fixed._initial_scale if ours else given(self.scale)
+        self._initial_zero_point = fixed._initial_zero_point if ours else given(self.zero_point)
 
     def _init_fixed(self, observer_factory: Any, *fixed_classes: type) -> None:
         """What the stock constructor does after its own check, which asks for the very stock class."""

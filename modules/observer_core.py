@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qkernels.modules.stock import is_stock
 from qkernels.ops import observe_minmax_
 from qkernels.ops.checks import check_axis
-from qkernels.ops.minmax import new_workspace
+from qkernels.ops.minmax import new_workspace, renewed_workspace
 from qkernels.ops.qparams import choose_qparams_by_rule
 from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
 
@@ -54,6 +54,17 @@ def shape_statistics(observer: Any, x: Tensor, axis: int | None) -> None:
     if known == 0 or observer.max_val.numel() == 0 or forgets:
         give_shape(observer, "min_val", x.shape[axis], float("inf"))
         give_shape(observer, "max_val", x.shape[axis], float("-inf"))
+
+
+def given(buffer: Tensor) -> float:
+    """What a constructor put into a 1-element buffer.
+
+    On meta nothing can be read. NaN then (0 for integers): `reset_parameters` of a model that was swapped on meta makes
+    scales that show, until a state_dict is loaded.
+    """
+    if buffer.is_meta:
+        return float("nan") if buffer.dtype.is_floating_point else 0
+    return buffer.item()
 
 
 class StockConstructor(nn.Module):
@@ -110,7 +121,7 @@ class MinMaxCore(nn.Module):
         Args:
             eps: what the constructor was given; None reads it from the buffer, which `reset_parameters` restores.
         """
-        self._initial_eps = (_EPS if self.eps.is_meta else self.eps.item()) if eps is None else eps
+        self._initial_eps = given(self.eps) if eps is None else eps
         self.qparams_rule = rule_of(self.qscheme)
         self.symmetric_zero_point = symmetric_zero_point_of(
             self.dtype, self.quant_min, self.quant_max, self.has_customized_qrange
@@ -188,7 +199,7 @@ class MinMaxCore(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         # A launch that was killed, or to_empty, may have left anything in it; assign=True may have moved the rest.
-        self.workspace = new_workspace(self.min_val.device, self.observed_axis)
+        self.workspace = renewed_workspace(self.workspace, self.min_val.device, self.observed_axis)
 
     def reset_min_max_vals(self) -> None:
         """Forget everything seen, in place."""
@@ -197,8 +208,8 @@ class MinMaxCore(nn.Module):
 
     def reset_parameters(self) -> None:
         """Give every buffer the value it has in a fresh observer: after `to_empty()`, or meta initialisation."""
-        self.reset_min_max_vals()
         self.eps.fill_(self._initial_eps)
+        self.reset_min_max_vals()
 
 
 class PerChannelMinMaxCore(MinMaxCore):

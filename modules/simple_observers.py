@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.ao.quantization import observer as stock
 
-from qkernels.modules.observer_core import StockConstructor
+from qkernels.modules.observer_core import StockConstructor, given
 
 
 class PassThroughCore(nn.Module):
@@ -31,10 +31,9 @@ class FixedQParamsCore(PassThroughCore):
     zero_point: Tensor
 
     def _init_core(self, scale: float | None = None, zero_point: int | None = None) -> None:
-        """Remember the given qparams for `reset_parameters`; None reads the buffers, which meta ones do not allow."""
-        known = not self.scale.is_meta
-        self._initial_scale = (self.scale.item() if known else 1.0) if scale is None else scale
-        self._initial_zero_point = (self.zero_point.item() if known else 0) if zero_point is None else zero_point
+        """Remember the given qparams for `reset_parameters`; None reads the buffers."""
+        self._initial_scale = given(self.scale) if scale is None else scale
+        self._initial_zero_point = given(self.zero_point) if zero_point is None else zero_point
 
     def reset_parameters(self) -> None:
         """Give the buffers the qparams of the constructor again: after `to_empty()`, or meta initialisation."""

@@ -1,7 +1,7 @@
 """Registration: one library, one way to give an operator its implementations, its fake and its decomposition.
 
-`torch.library.Library` define/impl costs 2.5 us a call where `torch.library.custom_op` costs 7.6 us (15.3 us with a
-mutated argument), measured on one CPU with a trivial kernel and torch 2.13; observers are called on tensors small
+A call through `torch.library.Library` define/impl takes 2.6 us where `torch.library.custom_op` takes 8.7 us (17.5 us
+with a mutated argument), measured on one CPU with a trivial kernel and torch 2.13; observers are called on tensors small
 enough for that to matter.
 """
 

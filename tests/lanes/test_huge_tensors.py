@@ -21,6 +21,7 @@ LAYOUTS = {
     "rows": ((3, 5, 2**28 + 8), lambda s: s, 1),
     "long_runs": ((2, 2**31 + 64), lambda s: s, 0),
     "odd_runs": ((2, 2**31 + 1), lambda s: s, 0),
+    "nearly_2**31": ((2, 2**31 - 16), lambda s: s, 0),  # where tl.cdiv overflows
     "cols": ((2**24 + 1, 132), lambda s: s, 1),
     "long_rows": ((2, 3, 2**30), lambda s: s, 1),
     "strided_run": ((2**31 + 8, 2), lambda s: s[:, 1], None),

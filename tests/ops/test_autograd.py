@@ -261,11 +261,17 @@ def test_inference_mode(device: torch.device) -> None:
 def test_observing_needs_no_detach_and_builds_no_graph(device: torch.device) -> None:
     """Statistics are not differentiable: x with requires_grad neither raises nor drags the graph into the buffers."""
     x = torch.randn(4, 3, device=device, requires_grad=True)
-    y = x * 2
-    state = torch.tensor(math.inf, device=device), torch.tensor(-math.inf, device=device)
-    with torch.no_grad():
-        qops.observe_minmax_(y, *state)
-    assert not state[0].requires_grad and not state[1].requires_grad
+    state = [torch.tensor([value], device=device) for value in (math.inf, -math.inf, 1.0)]
+    zero_point = torch.zeros(1, dtype=torch.int32, device=device)
+    for factor in (1, 2):  # the second batch meets what the first one wrote
+        y = x * factor
+        qops.observe_minmax_(y, *state[:2], 0.1)
+        results = (
+            *qops.aminmax(y),
+            *qops.choose_qparams(*state[:2], -8, 7),
+            *qops.update_qparams_(y, *state, zero_point, -8, 7, averaging_constant=0.1),
+        )
+        assert not [t for t in (*state, *results) if t.requires_grad]
 
 
 def test_gradient_accumulates_and_flows_through_neighbours(device: torch.device) -> None:
