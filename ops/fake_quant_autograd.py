@@ -1,7 +1,7 @@
 """Autograd of fake_quantize: the straight-through estimator, for the autograd engine and for torch.func.
 
-It saves x and the qparams, no mask. The kernels on the Autograd key are plain Python calling an autograd.Function: 19 us
-a call against 29 for torch.library.register_autograd, 10 of them the ATen implementation (one CPU, torch 2.13).
+It saves x and the qparams, no mask. The kernels on the Autograd key are plain Python calling an autograd.Function: 19
+us a call against 29 for torch.library.register_autograd, 10 of them the ATen implementation (one CPU, torch 2.13).
 """
 
 from __future__ import annotations

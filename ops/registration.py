@@ -1,8 +1,8 @@
 """Registration: one library, one way to give an operator its implementations, its fake and its decomposition.
 
 A call through `torch.library.Library` define/impl takes 2.6 us where `torch.library.custom_op` takes 8.7 us (17.5 us
-with a mutated argument), measured on one CPU with a trivial kernel and torch 2.13; observers are called on tensors small
-enough for that to matter.
+with a mutated argument), measured on one CPU with a trivial kernel and torch 2.13. Observers are called on tensors so
+small that this matters.
 """
 
 from __future__ import annotations
