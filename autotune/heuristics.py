@@ -89,6 +89,18 @@ def flat_elementwise(itemsize: int) -> FlatConfig:
     return FlatConfig(1024, num_warps=4) if itemsize == 4 else FlatConfig(2048, num_warps=8)
 
 
+@lru_cache(maxsize=1024)
+def flat_accumulation(n: int, device: torch.device) -> FlatConfig:
+    """Per-tensor pass that writes every element and sums: a grid that stays resident and loops.
+
+    8 elements per thread of each operand. Two sums with their rounding errors take 32 registers per thread beside
+    them, so three programs of 8 warps fit on a multiprocessor.
+    """
+    if n <= 1024:
+        return FlatConfig(1024, num_warps=4, programs=1)
+    return FlatConfig(2048, num_warps=8, programs=min(-(-n // 2048), 3 * multiprocessors(device)))
+
+
 def _tile(n_rows: int, run: int, channels: int, channel_innermost: bool, itemsize: int, elements: int) -> TiledConfig:
     """One part per group, with a tile of at most `elements`: long in the fast direction, no longer than the data."""
     if channel_innermost:
@@ -123,6 +135,19 @@ def tiled_reduction(
         return config
     # Enough partials per step to hide a load's latency, few enough for the registers.
     return replace(config, block_parts=max(1024 // config.block_lanes, 1) if channel_innermost else 128)
+
+
+@lru_cache(maxsize=1024)
+def tiled_accumulation(
+    n_rows: int, run: int, channels: int, channel_innermost: bool, device: torch.device
+) -> TiledConfig:
+    """Per-channel (or strided) pass that writes every element and sums: enough parts to fill the device once.
+
+    Tiles of 1024 elements over 4 warps: 8 per thread, as in `flat_accumulation`, whatever the dtype.
+    """
+    lanes_itemsize = 4 if channel_innermost else 1
+    config = _tile(n_rows, run, channels, channel_innermost, lanes_itemsize, 1024)
+    return _with_parts(config, n_rows, run, channel_innermost, 6 * multiprocessors(device))
 
 
 @lru_cache(maxsize=1024)

@@ -79,6 +79,15 @@ def check_statistics(op: str, x: torch.Tensor, min_val: torch.Tensor, max_val: t
         raise TypeError(f"{op}: min_val and max_val must have one dtype; got {min_val.dtype} and {max_val.dtype}")
 
 
+def check_dy(op: str, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """`dy`, the gradient of an elementwise operator's result, must be like x."""
+    if dy.dtype != x.dtype:
+        raise TypeError(f"{op}: dy must have x's dtype ({x.dtype}); got {dy.dtype}")
+    if dy.shape != x.shape:
+        raise ValueError(f"{op}: dy must have x's shape {tuple(x.shape)}; got {tuple(dy.shape)}")
+    check_device(op, "dy", dy, x)
+
+
 def check_flag(op: str, name: str, flag: torch.Tensor | None, x: torch.Tensor) -> None:
     """A device flag: 1 integer element where x is, or None."""
     if flag is None:

@@ -51,11 +51,7 @@ def _check(
 def _check_backward(dy: Tensor, x: Tensor, *arguments: Any) -> int | None:
     op = "fake_quantize_backward"
     axis = _check(op, x, *arguments)
-    if dy.dtype != x.dtype:
-        raise TypeError(f"{op}: dy must have x's dtype ({x.dtype}); got {dy.dtype}")
-    if dy.shape != x.shape:
-        raise ValueError(f"{op}: dy must have x's shape {tuple(x.shape)}; got {tuple(dy.shape)}")
-    checks.check_device(op, "dy", dy, x)
+    checks.check_dy(op, dy, x)
     return axis
 
 

@@ -6,6 +6,7 @@ us a call against 29 for torch.library.register_autograd, 10 of them the ATen im
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, scale, zero_point, enabled)
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-    raise NotImplementedError(
-        "fake_quantize_backward: double backward is not supported; the straight-through estimator has no second "
-        "derivative"
-    )
+def refuse(operator: str) -> Any:
+    """The backward of a backward operator: an error that names it."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(
+            f"{operator}: double backward is not supported; the straight-through estimator has no second derivative"
+        )
+
+    return staticmethod(backward)
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -60,7 +65,7 @@ class FakeQuantizeBackward(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.qkernels.fake_quantize_backward.default(*inputs)
 
-    backward = staticmethod(_refuse)
+    backward = refuse("fake_quantize_backward")
 
 
 class FakeQuantizeForTransforms(torch.autograd.Function):
@@ -96,17 +101,17 @@ class FakeQuantizeBackwardForTransforms(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Nothing is saved: there is no second derivative."""
 
-    backward = staticmethod(_refuse)
+    backward = refuse("fake_quantize_backward")
 
 
-def _dispatch(op: Any, function: type[torch.autograd.Function], differentiable: int) -> Any:
-    """Kernel for the Autograd key: `function` if one of the first `differentiable` arguments wants a gradient."""
+def dispatch(op: Any, differentiable: Callable[..., Any], tensors: int) -> Any:
+    """Kernel for the Autograd key: `differentiable` if one of the first `tensors` arguments wants a gradient."""
 
-    def kernel(*inputs: Any, **named: Any) -> Tensor:
+    def kernel(*inputs: Any, **named: Any) -> Any:
         if named:  # the dispatcher passes what the caller named by name; autograd.Function takes positions only
             inputs = (*inputs, *(named.get(a.name, a.default_value) for a in op._schema.arguments[len(inputs) :]))
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:differentiable]):
-            return function.apply(*inputs, *(None,) * (len(op._schema.arguments) - len(inputs)))
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:tensors]):
+            return differentiable(*inputs, *(a.default_value for a in op._schema.arguments[len(inputs) :]))
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
@@ -115,5 +120,5 @@ def _dispatch(op: Any, function: type[torch.autograd.Function], differentiable: 
 
 def register_autograd(forward: Any, backward: Any) -> None:
     """Put the kernels above on the Autograd key of the two operators."""
-    LIBRARY.impl("fake_quantize", _dispatch(forward, FakeQuantize, 1), "Autograd")
-    LIBRARY.impl("fake_quantize_backward", _dispatch(backward, FakeQuantizeBackward, 2), "Autograd")
+    LIBRARY.impl("fake_quantize", dispatch(forward, FakeQuantize.apply, 1), "Autograd")
+    LIBRARY.impl("fake_quantize_backward", dispatch(backward, FakeQuantizeBackward.apply, 2), "Autograd")

@@ -8,6 +8,7 @@ four times slower at one element, where each pass costs a microsecond of dispatc
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -16,11 +17,14 @@ from qkernels.ops.compositions import (
     fake_quantize_backward_composition,
     fake_quantize_composition,
     is_wide,
+    learnable_fake_quantize_composition,
+    learned_zero_point,
 )
 
 Tensor = torch.Tensor
 
 SMALL = 1024  # elements up to which torch's own operator is faster
+CODE_LIMIT = 2.0**62  # torch's operators convert codes to int64
 
 
 def _with_strides_of(like: Tensor, values: Tensor) -> Tensor:
@@ -30,15 +34,15 @@ def _with_strides_of(like: Tensor, values: Tensor) -> Tensor:
 
 
 def _is_degenerate(inverse: Tensor) -> bool:
-    """Whether some 1 / scale is 0, infinite or NaN, so that a product with x can be NaN without x being it."""
+    """Whether some 1 / scale is not positive and finite: a product with x could be NaN without x being it."""
     if inverse.numel() == 1:
-        value = inverse.item()
-        return value == 0 or not math.isfinite(value)
-    smallest, largest = torch.aminmax(inverse.abs())
-    return smallest.item() == 0 or not math.isfinite(largest.item())
+        smallest = largest = inverse.item()
+    else:
+        smallest, largest = (value.item() for value in torch.aminmax(inverse))
+    return not (smallest > 0 and largest < math.inf)
 
 
-def _codes(x: Tensor, inverse: Tensor, zero_point: Tensor | float) -> Tensor:
+def _codes(x: Tensor, inverse: Any, zero_point: Any) -> Tensor:
     """rint(x * inverse) + zero_point in a new float32 tensor with the strides of torch.empty_like(x)."""
     code = torch.empty_like(x, dtype=torch.float32)
     if x.dtype == torch.float32:
@@ -48,7 +52,8 @@ def _codes(x: Tensor, inverse: Tensor, zero_point: Tensor | float) -> Tensor:
     return code.round_().add_(zero_point)
 
 
-def _is_off(enabled: Tensor | None) -> bool:
+def is_off(enabled: Tensor | None) -> bool:
+    """Whether a flag, or a missing one, switches the operator off."""
     return enabled is not None and not enabled.item()  # a CPU tensor: no sync
 
 
@@ -90,7 +95,7 @@ def fake_quantize_cpu(
     enabled: Tensor | None,
 ) -> Tensor:
     """The forward for checked arguments; axis in [0, x.ndim) or None."""
-    if x.numel() == 0 or _is_off(enabled):
+    if x.numel() == 0 or is_off(enabled):
         return _with_strides_of(x, x.clone())
     if axis is not None and zero_point.dtype.is_floating_point:
         y, _ = _float_zero_point(x, scale, zero_point, quant_min, quant_max, axis)
@@ -107,9 +112,70 @@ def fake_quantize_cpu(
         return _with_strides_of(
             x, fake_quantize_composition(x, scale.reshape(-1), zero_point, quant_min, quant_max, axis)
         )
-    zero_point = zero_point.to(torch.int32).reshape(shape)
+    return _by_passes(x, scale, inverse, zero_point.to(torch.int32).reshape(shape), quant_min, quant_max)
+
+
+def _by_passes(x: Tensor, scale: Any, inverse: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
+    """y for a zero point of integers; the three qparams are numbers or broadcast against x."""
     y = _codes(x, inverse, zero_point).clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
     return y.to(x.dtype)
+
+
+def _exact_for_torch(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
+    """Whether torch's per-tensor learnable forward gives our y: float32, no NaN, and every code of x an int64."""
+    if not x.dtype == scale.dtype == zero_point.dtype == torch.float32:
+        return False
+    step, code = scale.item(), zero_point.item()
+    low, high = (value.item() for value in torch.aminmax(x))
+    return step > 1e-37 and max(-low, high) < CODE_LIMIT * step and code == code
+
+
+def learnable_fake_quantize_cpu(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    enabled: Tensor | None,
+) -> Tensor:
+    """The forward with a learned zero point, for checked arguments; axis in [0, x.ndim) or None."""
+    if x.numel() == 0 or is_off(enabled):
+        return _with_strides_of(x, x.clone())
+    if axis is None and x.numel() <= SMALL and _exact_for_torch(x, scale, zero_point):
+        tensors = (scale.reshape(1), zero_point.reshape(1))
+        y = torch._fake_quantize_learnable_per_tensor_affine(x, *tensors, quant_min, quant_max, 1.0)
+        return _with_strides_of(x, y)
+    qparams = learned_qparams(scale, zero_point, quant_min, quant_max, axis)
+    if x.dtype == torch.float64 or qparams is None:
+        y = learnable_fake_quantize_composition(x, scale, zero_point, quant_min, quant_max, axis=axis)
+        return _with_strides_of(x, y)
+    step, inverse, code_of_0 = qparams
+    if axis is not None:
+        shape = channel_shape(x, axis)
+        step, inverse, code_of_0 = step.reshape(shape), inverse.reshape(shape), code_of_0.reshape(shape)
+    return _by_passes(x, step, inverse, code_of_0, quant_min, quant_max)
+
+
+def learned_qparams(
+    scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
+) -> tuple[Any, Any, Any] | None:
+    """(scale, 1 / scale, zero point as integers): float32 tensors per channel, numbers per tensor, which cost less.
+
+    None where 1 / scale is not positive and finite, or a per-tensor zero point is NaN, which Python cannot round: those
+    want more care than passes take.
+    """
+    inverse = scale.float().reciprocal()
+    if _is_degenerate(inverse):
+        return None
+    if axis is not None:
+        return scale.float(), inverse, learned_zero_point(zero_point, quant_min, quant_max)
+    code = zero_point.item()
+    if code != code:
+        return None
+    if math.isfinite(code):
+        code = round(code)  # ties to even, as torch.round
+    return scale.item(), inverse.item(), float(min(max(code, quant_min), quant_max))
 
 
 def fake_quantize_backward_cpu(
@@ -123,7 +189,7 @@ def fake_quantize_backward_cpu(
     enabled: Tensor | None,
 ) -> Tensor:
     """The backward for checked arguments; axis in [0, x.ndim) or None."""
-    if x.numel() == 0 or _is_off(enabled):
+    if x.numel() == 0 or is_off(enabled):
         return torch.empty_like(x).copy_(dy)
     if axis is not None and zero_point.dtype.is_floating_point:
         _, mask = _float_zero_point(x, scale, zero_point, quant_min, quant_max, axis)

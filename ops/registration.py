@@ -17,7 +17,7 @@ from qkernels.launch import INTERPRETED
 
 # Version of the numbers this package produces under torch.compile. Raise it with every change of a decomposition:
 # AOTAutograd's disk cache keys on the graph before decomposition and would otherwise serve code of the old formula.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 LIBRARY = torch.library.Library("qkernels", "DEF")
 
@@ -48,13 +48,33 @@ def register(
     Returns:
         The `.default` overload.
     """
-    name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     # With TRITON_INTERPRET=1 Triton runs kernels on CPU tensors. The operators then use them there, so that everything
     # built on the operators can be tested against the kernels without a GPU.
     LIBRARY.impl(name, triton if INTERPRETED else aten, "CPU")
     LIBRARY.impl(name, triton, "CUDA")
     torch.library.register_fake(f"qkernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.qkernels, name).default
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def runs_directly(*tensors: Any) -> bool:
+    """Whether an eager call may go past the dispatcher to its implementation.
+
+    learnable_fake_quantize of 64 x 16 elements takes 22 us so, and 38 through the dispatcher (one CPU, torch 2.13).
+    Not under torch.compile, torch.func, tracing or a dispatch mode, not for tensor subclasses, and not under the
+    profiler, which is to show the operators by name.
+    """
+    return (
+        all(type(tensor) in _PLAIN for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()
+        and not torch._C._autograd._profiler_enabled()
+    )
 
 
 def not_differentiable(op: Any) -> Any:

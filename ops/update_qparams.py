@@ -35,6 +35,7 @@ class _Update(NamedTuple):
     enabled: Tensor | None = None
     workspace: Tensor | None = None
     qparams_enabled: Tensor | None = None
+    scale_floor: Tensor | None = None
 
     @property
     def fused(self) -> bool:
@@ -52,9 +53,25 @@ def _check(update: _Update) -> _Update:
     checks.check_flag(op, "qparams_enabled", update.qparams_enabled, x)
     if update.eps is not None:
         checks.check_device(op, "eps", update.eps, x)
+    if update.scale_floor is not None:
+        checks.check_device(op, "scale_floor", update.scale_floor, x)
+        if update.fused or update.scale_floor.numel() != 1:
+            raise ValueError(
+                f"{op}: scale_floor must have 1 element and goes with the observers' rules alone; got shape "
+                f"{tuple(update.scale_floor.shape)} and rule {update.rule!r}"
+            )
     if update.fused and update.averaging_constant is None:
         raise ValueError(f"{op}: averaging_constant must be given for rule {update.rule!r}; got None")
     return update._replace(axis=axis)
+
+
+def _kept(update: _Update) -> tuple[Tensor, Tensor]:
+    """scale and zero point where they are not renewed."""
+    if update.scale_floor is None:
+        return update.scale, update.zero_point
+    symmetric = update.rule == "symmetric"
+    zero_point = torch.zeros_like(update.zero_point) if symmetric else update.zero_point
+    return torch.maximum(update.scale, update.scale_floor.reshape(()).to(update.scale.dtype)), zero_point
 
 
 def _composition(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -69,8 +86,11 @@ def _composition(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             low, high, update.quant_min, update.quant_max, update.rule, update.symmetric_zero_point, update.eps
         )
         flag = update.enabled if update.qparams_enabled is None else update.qparams_enabled
-        new_scale = choose(flag, cast_like(new_scale, scale), scale)
-        new_zero_point = choose(flag, cast_like(new_zero_point, zero_point), zero_point)
+        kept_scale, kept_zero_point = _kept(update)
+        if update.scale_floor is not None and update.rule == "symmetric":
+            new_zero_point = kept_zero_point
+        new_scale = choose(flag, cast_like(new_scale, scale), kept_scale)
+        new_zero_point = choose(flag, cast_like(new_zero_point, zero_point), kept_zero_point)
         min_val.copy_(low)
         max_val.copy_(high)
         scale.copy_(new_scale)
@@ -121,6 +141,10 @@ def _aten(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return update.scale.clone(), update.zero_point.clone()
     if update.qparams_enabled is None and update.enabled is not None:
         if not update.enabled.item():  # a CPU tensor: no sync
+            if update.scale_floor is not None:
+                scale, zero_point = _kept(update)
+                update.scale.copy_(scale)
+                update.zero_point.copy_(zero_point)
             return update.scale.clone(), update.zero_point.clone()
         update = update._replace(enabled=None)
     return _composition(*update)
@@ -151,6 +175,7 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         zero_point_copy,
         update.qparams_enabled,
         rule_arguments(update.quant_min, update.quant_max, update.symmetric_zero_point, update.eps),
+        update.scale_floor,
     )
     if update.averaging_constant is None:
         how = "extremes"
@@ -171,13 +196,31 @@ _update_qparams_op = not_differentiable(
         "update_qparams_(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, "
         "int quant_min, int quant_max, str rule='affine', int symmetric_zero_point=0, Tensor? eps=None, "
         "float? averaging_constant=None, int? axis=None, Tensor? enabled=None, Tensor(e!)? workspace=None, "
-        "Tensor? qparams_enabled=None) -> (Tensor scale_copy, Tensor zero_point_copy)",
+        "Tensor? qparams_enabled=None, Tensor? scale_floor=None) -> (Tensor scale_copy, Tensor zero_point_copy)",
         aten=_aten,
         triton=_triton,
         fake=_fake,
     )
 )
-decompose(_update_qparams_op, _composition, keep_on_gpu)
+
+
+# Elements up to which a reduction in vain costs less than calling the operator (25 us, one CPU, torch 2.13).
+_SMALL = 1 << 14
+
+
+def _keep(*args: Any, **kwargs: Any) -> bool:
+    """Whether torch.compile sees the operator: on a GPU, and on the CPU for learned qparams of a large x.
+
+    Learned qparams are renewed in the first steps alone. The operator reads the flag and goes home; decomposed it would
+    reduce x for nothing in all the steps after.
+    """
+    update = _Update(*args, **kwargs)
+    elements = update.x.numel()
+    small = isinstance(elements, int) and elements <= _SMALL
+    return keep_on_gpu(*args, **kwargs) or (update.scale_floor is not None and not small)
+
+
+decompose(_update_qparams_op, _composition, _keep)
 
 
 def update_qparams_(
@@ -197,6 +240,7 @@ def update_qparams_(
     enabled: Tensor | None = None,
     workspace: Tensor | None = None,
     qparams_enabled: Tensor | None = None,
+    scale_floor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Observe a batch, then renew scale and zero point, all in place; return fresh copies of the two.
 
@@ -221,6 +265,9 @@ def update_qparams_(
         enabled: device flag, 1 element; 0 leaves the statistics alone. None is on.
         workspace: as in `observe_minmax_`.
         qparams_enabled: device flag that gates scale and zero_point; None follows `enabled`.
+        scale_floor: 1 element, for a scale and zero point that an optimizer changes too. Where they are not renewed,
+            the scale is raised to it; the zero point of the rule "symmetric" is 0 throughout. None leaves them alone.
+            Not with the fused rules.
 
     Returns:
         Copies of scale and zero_point after the update.
@@ -238,5 +285,5 @@ def update_qparams_(
     """
     return _update_qparams_op(
         x, min_val, max_val, scale, zero_point, quant_min, quant_max, rule, symmetric_zero_point, eps,
-        averaging_constant, axis, enabled, workspace, qparams_enabled,
+        averaging_constant, axis, enabled, workspace, qparams_enabled, scale_floor,
     )  # fmt: skip

@@ -79,6 +79,21 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def gate(dy, inside):
+    """dy * inside, a product as in torch: an infinite or NaN dy is not hidden by the mask."""
+    if INTERPRETED:  # where bfloat16 products are wrong
+        return round_to(dy.to(tl.float32) * inside.to(tl.float32), dy.dtype)
+    else:
+        return dy * inside.to(dy.dtype)
+
+
+@triton.jit
+def learned_zero_point(zero_point, quant_min, quant_max):
+    """The integer that a learned float32 zero point stands for; NaN stays NaN."""
+    return min_nan(max_nan(rint(zero_point), quant_min), quant_max)
+
+
+@triton.jit
 def is_on(flag_ptr):
     """Value of a device flag of any integer dtype; a missing flag (None) is on."""
     on = True

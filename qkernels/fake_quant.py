@@ -2,6 +2,7 @@
 
     q = rint(x / scale) + zero_point, as x * (1 / scale) with an IEEE reciprocal      (integer zero points)
     q = rint(fma(x, 1 / scale, zero_point))                                           (per-channel float zero points)
+    q = rint(x / scale) + clamp(rint(zero_point), quant_min, quant_max)               (learned zero points)
     y = (clamp(q, quant_min, quant_max) - zero_point) * scale                         dx = dy where q is within bounds
 
 All arithmetic is float32 whatever the dtype of x (a fractional zero point is subtracted in float64, as in torch), with
@@ -21,32 +22,39 @@ import triton
 import triton.language as tl
 
 from qkernels.autotune.heuristics import flat_elementwise, tiled_elementwise
-from qkernels.device_math import INTERPRETED, clamp_to_low, fma, is_on, rint, round_to, row_offset
+from qkernels.device_math import clamp_to_low, fma, gate, is_on, learned_zero_point, rint, round_to, row_offset
 from qkernels.launch import launch
 from qkernels.layout import Channels, Flat, plan
 
+# What a zero point is.
+INTEGER = tl.constexpr("integer")  # a float is truncated, as in torch's per-tensor operator
+FRACTIONAL = tl.constexpr("fractional")  # a float that takes part in rounding
+LEARNED = tl.constexpr("learned")  # a float that is rounded and clamped first
+
 
 @triton.jit
-def _load_qparams(scale_ptr, zero_point_ptr, channel, mask, FLOAT_ZERO_POINT: tl.constexpr):
-    """(scale, 1 / scale, zero point) as float32 of the channels in block `channel`."""
+def _load_qparams(scale_ptr, zero_point_ptr, channel, mask, quant_min, quant_max, ZERO_POINT: tl.constexpr):
+    """(scale, 1 / scale, zero_point) as float32 of the channels in block `channel`."""
     scale = tl.load(scale_ptr + channel, mask=mask, other=1.0).to(tl.float32)
     zero_point = tl.load(zero_point_ptr + channel, mask=mask, other=0)
-    if not FLOAT_ZERO_POINT:
-        zero_point = zero_point.to(tl.int32)  # a per-tensor float zero point is truncated, as in torch
+    if ZERO_POINT == INTEGER:
+        zero_point = zero_point.to(tl.int32).to(tl.float32)
+    if ZERO_POINT == LEARNED:
+        zero_point = learned_zero_point(zero_point.to(tl.float32), quant_min, quant_max)
     return scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), zero_point.to(tl.float32)
 
 
 @triton.jit
-def _apply(x, dy, scale, inverse, zero_point, quant_min, quant_max, on, FLOAT_ZERO_POINT: tl.constexpr):
+def _apply(x, dy, scale, inverse, zero_point, quant_min, quant_max, on, ZERO_POINT: tl.constexpr):
     """y for one block of x, or dx when dy is given; the input itself where the op is off."""
     wide = x.to(tl.float32)
-    if FLOAT_ZERO_POINT:
+    if ZERO_POINT == FRACTIONAL:
         code = rint(fma(wide, inverse, zero_point)) + 0.0  # as the sum below, this leaves no -0.0
     else:
         code = rint(wide * inverse) + zero_point
     if dy is None:
         code = clamp_to_low(code, quant_min, quant_max)
-        if FLOAT_ZERO_POINT:  # code - zero_point is not exact in float32; torch computes it in float64
+        if ZERO_POINT == FRACTIONAL:  # code - zero_point is not exact in float32; torch computes it in float64
             y = ((code.to(tl.float64) - zero_point.to(tl.float64)) * scale.to(tl.float64)).to(tl.float32)
         else:
             y = (code - zero_point) * scale
@@ -54,24 +62,20 @@ def _apply(x, dy, scale, inverse, zero_point, quant_min, quant_max, on, FLOAT_ZE
         result = tl.where(on, round_to(y, x.dtype), x)
     else:
         inside = ((code >= quant_min) & (code <= quant_max)) | (on == 0)
-        # A product, as in torch: an infinite or NaN dy is not hidden by the mask.
-        if INTERPRETED:  # where bfloat16 products are wrong
-            result = round_to(dy.to(tl.float32) * inside.to(tl.float32), dy.dtype)
-        else:
-            result = dy * inside.to(dy.dtype)
+        result = gate(dy, inside)
     return result
 
 
 @triton.jit
 def _one_tile(
-    out_ptr, x_ptr, dy_ptr, mask, scale, inverse, zero_point, quant_min, quant_max, on, FLOAT_ZERO_POINT: tl.constexpr
+    out_ptr, x_ptr, dy_ptr, mask, scale, inverse, zero_point, quant_min, quant_max, on, ZERO_POINT: tl.constexpr
 ):
     """Load, compute and store one tile, given its pointers (dy_ptr None in the forward) and mask (or None)."""
     x = tl.load(x_ptr, mask=mask)
     dy = None
     if dy_ptr is not None:
         dy = tl.load(dy_ptr, mask=mask)
-    out = _apply(x, dy, scale, inverse, zero_point, quant_min, quant_max, on, FLOAT_ZERO_POINT)
+    out = _apply(x, dy, scale, inverse, zero_point, quant_min, quant_max, on, ZERO_POINT)
     tl.store(out_ptr, out, mask=mask)
 
 
@@ -86,7 +90,7 @@ def _fake_quant_flat_kernel(
     n,
     quant_min,  # float32
     quant_max,  # float32
-    FLOAT_ZERO_POINT: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # The observer read x front to back just before: going back to front finds the end of x still in L2.
@@ -94,7 +98,9 @@ def _fake_quant_flat_kernel(
     offs = tl.arange(0, BLOCK)
     on = is_on(enabled_ptr)
     only = tl.arange(0, 1)
-    scale, inverse, zero_point = _load_qparams(scale_ptr, zero_point_ptr, only, only == 0, FLOAT_ZERO_POINT)
+    scale, inverse, zero_point = _load_qparams(
+        scale_ptr, zero_point_ptr, only, only == 0, quant_min, quant_max, ZERO_POINT
+    )
 
     out_ptr += start
     x_ptr += start
@@ -104,12 +110,12 @@ def _fake_quant_flat_kernel(
     if start + BLOCK <= n:  # a whole tile needs no mask: 16-byte accesses for every n
         _one_tile(
             out_ptr + offs, x_ptr + offs, dy_offs, None,
-            scale, inverse, zero_point, quant_min, quant_max, on, FLOAT_ZERO_POINT,
+            scale, inverse, zero_point, quant_min, quant_max, on, ZERO_POINT,
         )  # fmt: skip
     else:
         _one_tile(
             out_ptr + offs, x_ptr + offs, dy_offs, start + offs < n,
-            scale, inverse, zero_point, quant_min, quant_max, on, FLOAT_ZERO_POINT,
+            scale, inverse, zero_point, quant_min, quant_max, on, ZERO_POINT,
         )  # fmt: skip
 
 
@@ -132,7 +138,7 @@ def _fake_quant_tiled_kernel(
     run_strides,  # tuple (out, x, dy)
     quant_min,
     quant_max,
-    FLOAT_ZERO_POINT: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     CHANNEL_INNERMOST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -164,7 +170,9 @@ def _fake_quant_tiled_kernel(
         offset_k = lane.to(tl.int64)
         strides = run_strides
         tiles_per_row = (run - 1) // BLOCK_K + 1  # tl.cdiv would overflow just below 2**31
-    scale, inverse, zero_point = _load_qparams(scale_ptr, zero_point_ptr, channel, mask_c, FLOAT_ZERO_POINT)
+    scale, inverse, zero_point = _load_qparams(
+        scale_ptr, zero_point_ptr, channel, mask_c, quant_min, quant_max, ZERO_POINT
+    )
     scale = scale[None, :]
     inverse = inverse[None, :]
     zero_point = zero_point[None, :]
@@ -185,7 +193,7 @@ def _fake_quant_tiled_kernel(
             dy_offs = dy_ptr + dy_offs
         _one_tile(
             out_ptr + out_offs, x_ptr + x_offs, dy_offs, mask,
-            scale, inverse, zero_point, quant_min, quant_max, on, FLOAT_ZERO_POINT,
+            scale, inverse, zero_point, quant_min, quant_max, on, ZERO_POINT,
         )  # fmt: skip
 
 
@@ -200,6 +208,7 @@ def launch_fake_quant(
     *,
     axis: int | None,
     enabled: torch.Tensor | None = None,
+    learned: bool = False,
 ) -> None:
     """Write y (dy None) or dx to `out`. One launch.
 
@@ -213,22 +222,25 @@ def launch_fake_quant(
         quant_max: largest code, at most 2**23.
         axis: channel axis in [0, x.ndim), or None.
         enabled: 1-element flag; 0 copies x (or dy) to out.
+        learned: round and clamp the zero point first.
     """
     operands = (out, x) if dy is None else (out, x, dy)
     layout = plan(tuple(x.shape), tuple(t.stride() for t in operands), axis)
     tensors = (out, x, dy, scale, zero_point, enabled)
     bounds = (float(quant_min), float(quant_max))
-    float_zero_point = axis is not None and zero_point.dtype.is_floating_point
+    kind = "fractional" if axis is not None and zero_point.dtype.is_floating_point else "integer"
+    if learned:
+        kind = "learned"
     if isinstance(layout, Flat):
-        _launch_flat(layout, tensors, bounds, float_zero_point)
+        _launch_flat(layout, tensors, bounds, kind)
     else:
-        _launch_tiled(layout, tensors, bounds, float_zero_point)
+        _launch_tiled(layout, tensors, bounds, kind)
 
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
-def _launch_flat(layout: Flat, tensors: Tensors, bounds: tuple[float, float], float_zero_point: bool) -> None:
+def _launch_flat(layout: Flat, tensors: Tensors, bounds: tuple[float, float], zero_point: str) -> None:
     config = flat_elementwise(tensors[0].element_size())
     launch(
         _fake_quant_flat_kernel,
@@ -236,13 +248,13 @@ def _launch_flat(layout: Flat, tensors: Tensors, bounds: tuple[float, float], fl
         *tensors,
         layout.n,
         *bounds,
-        FLOAT_ZERO_POINT=float_zero_point,
+        ZERO_POINT=zero_point,
         BLOCK=config.block,
         num_warps=config.num_warps,
     )
 
 
-def _launch_tiled(layout: Channels, tensors: Tensors, bounds: tuple[float, float], float_zero_point: bool) -> None:
+def _launch_tiled(layout: Channels, tensors: Tensors, bounds: tuple[float, float], zero_point: str) -> None:
     out = tensors[0]
     inner = layout.channel_innermost
     config = tiled_elementwise(layout.n_rows, layout.run, layout.channels, inner, out.device, out.element_size())
@@ -262,7 +274,7 @@ def _launch_tiled(layout: Channels, tensors: Tensors, bounds: tuple[float, float
         tuple(stride // (1 if inner else vec) for stride in layout.channel_strides),
         layout.run_strides,
         *bounds,
-        FLOAT_ZERO_POINT=float_zero_point,
+        ZERO_POINT=zero_point,
         CHANNEL_INNERMOST=inner,
         VEC=vec,
         BLOCK_R=config.block_rows,

@@ -22,7 +22,7 @@ from qkernels.autotune.heuristics import flat_reduction, tiled_reduction
 from qkernels.device_math import is_on, max_nan, min_nan, row_offset
 from qkernels.launch import launch
 from qkernels.layout import Channels, Flat, plan
-from qkernels.qparams import NO_RULE, RuleArguments, qparams_of
+from qkernels.qparams import NO_RULE, SYMMETRIC, RuleArguments, qparams_of
 
 # How the running statistics take a batch's min and max.
 STORE = tl.constexpr("store")  # overwrite: aminmax
@@ -45,6 +45,8 @@ class Statistics(NamedTuple):
         zero_point_copy: likewise for the zero point.
         qparams_enabled: 1-element flag that gates scale and zero_point; None follows `enabled`.
         rule: arguments of the qparams rule.
+        scale_floor: 1 element, for a scale and zero point that an optimizer changes too: where they are not renewed,
+            the scale is raised to it, and a symmetric rule's zero point is 0. None leaves them alone.
     """
 
     min_val: Any
@@ -57,6 +59,7 @@ class Statistics(NamedTuple):
     zero_point_copy: Any = None
     qparams_enabled: Any = None
     rule: RuleArguments = NO_RULE
+    scale_floor: Any = None
 
 
 @triton.jit
@@ -93,6 +96,11 @@ def _finish(low, high, channel, mask, stats, UPDATE: tl.constexpr, RULE: tl.cons
         if stats.qparams_enabled is not None:
             on = is_on(stats.qparams_enabled)
         scale, zero_point = qparams_of(low, high, stats.rule, RULE)
+        if stats.scale_floor is not None:
+            old_scale = max_nan(old_scale, tl.load(stats.scale_floor).to(old_scale.dtype))
+            if RULE == SYMMETRIC:
+                zero_point = tl.zeros_like(zero_point)
+                old_zero_point = tl.zeros_like(old_zero_point)
         scale = tl.where(on, scale, old_scale)
         zero_point = tl.where(on, zero_point.to(old_zero_point.dtype), old_zero_point)
         tl.store(stats.scale + channel, scale, mask=mask)

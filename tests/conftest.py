@@ -109,6 +109,6 @@ def _forget_compiled_code() -> Iterator[None]:
     """Reset Dynamo after a test that compiled something: recompile limits and counters must not leak into the next."""
     yield
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and dynamo.utils.counters["frames"]:
+    if dynamo is not None and any(dynamo.utils.counters.values()):
         dynamo.reset()
         dynamo.utils.counters.clear()

@@ -142,11 +142,14 @@ def generate(graph: InductorGraph) -> dict[str, GraphReport]:
 
 
 def _backward(graph: InductorGraph) -> torch.fx.GraphModule:
-    """(dy, *arguments) -> gradient of the first argument, as a graph of ATen's and our operators. y has x's shape."""
+    """(dy, *arguments) -> gradients, as a graph of ATen's and our operators. y has the shape of the first argument."""
 
-    def vector_jacobian(dy: torch.Tensor, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(graph.function(x, *rest), x, dy)[0]
+    def vector_jacobian(dy: torch.Tensor, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = list(arguments)
+        for position in graph.differentiated:
+            leaves[position] = arguments[position].detach().requires_grad_()
+        wanted = [leaves[position] for position in graph.differentiated]
+        return torch.autograd.grad(graph.function(*leaves), wanted, dy)
 
     arguments = [torch.ones(shape, dtype=dtype) for shape, dtype in graph.arguments]
     module = make_fx(vector_jacobian)(torch.ones_like(arguments[0]), *arguments)

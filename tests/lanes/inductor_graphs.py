@@ -18,11 +18,13 @@ class InductorGraph:
     """One graph and its expectations.
 
     Attributes:
-        function: takes the tensors described by `arguments`; the first one is differentiated when `backward`.
+        function: takes the tensors described by `arguments`.
         arguments: (shape, dtype) of every argument.
         forward_kernels: fused kernels of the forward graph.
         backward_kernels: fused kernels of the backward graph; None for an inference graph.
         cuda_calls: opaque operators left in the CUDA code of each graph. On the CPU none are.
+        cuda_backward: (kernels, opaque operators) of the backward's CUDA code, where they are others.
+        differentiated: positions of the arguments whose gradients the backward graph computes.
     """
 
     function: Callable[..., torch.Tensor]
@@ -30,6 +32,8 @@ class InductorGraph:
     forward_kernels: int
     backward_kernels: int | None = None
     cuda_calls: tuple[str, ...] = ()
+    cuda_backward: tuple[int, tuple[str, ...]] | None = None
+    differentiated: tuple[int, ...] = (0,)
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
@@ -53,6 +57,25 @@ def per_channel_chain(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
     return torch.ops.qkernels.fake_quantize(torch.relu(x), scale, zero_point, QUANT_MIN, QUANT_MAX, 1) * factor
+
+
+def learnable_chain(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, factor: torch.Tensor, enabled: torch.Tensor
+) -> torch.Tensor:
+    """relu -> learnable_fake_quantize -> mul, with both flags."""
+    y = torch.ops.qkernels.learnable_fake_quantize(
+        torch.relu(x), scale, zero_point, QUANT_MIN, QUANT_MAX, 0.1, None, enabled, "rounded", enabled
+    )
+    return y * factor
+
+
+def learnable_per_channel_chain(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, factor: torch.Tensor, enabled: torch.Tensor
+) -> torch.Tensor:
+    y = torch.ops.qkernels.learnable_fake_quantize(
+        torch.relu(x), scale, zero_point, QUANT_MIN, QUANT_MAX, 0.1, 1, enabled, "rounded", enabled
+    )
+    return y * factor
 
 
 def divides(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
@@ -96,6 +119,26 @@ GRAPHS: dict[str, InductorGraph] = {
         backward_kernels=1,
         cuda_calls=("qkernels.reciprocal",),  # C elements; as a float64 division it would be done once per element of x
     ),
+    # backward per tensor: one pass that writes dx and the partial sums, then one small kernel per sum
+    "learnable_chain": InductorGraph(
+        learnable_chain,
+        (_X, _ONE, _ONE, _ONE, ((1,), torch.uint8)),
+        forward_kernels=1,
+        backward_kernels=1,
+        cuda_backward=(3, ()),
+        differentiated=(0, 1, 2),
+    ),
+    # backward per channel: Inductor would write dx in a second pass, so the operator stays a kernel, between the mul
+    # before it and the relu's own backward after it; without a partitioner relu(x) is computed again
+    "learnable_per_channel_chain": InductorGraph(
+        learnable_per_channel_chain,
+        (_X, _CHANNELS, _CHANNELS, _ONE, ((1,), torch.uint8)),
+        forward_kernels=1,
+        backward_kernels=1,
+        cuda_calls=("qkernels.reciprocal",),
+        cuda_backward=(3, ("qkernels.learnable_fake_quantize_backward",)),
+        differentiated=(0, 1, 2),
+    ),
 }
 
 PLANTED: dict[str, InductorGraph] = {
@@ -109,11 +152,14 @@ def audit_generated(
 ) -> list[str]:
     """What is wrong with the CUDA code generated for one phase ("forward" or "backward") of a graph."""
     expected = graph.forward_kernels if phase == "forward" else graph.backward_kernels
+    expected_calls = graph.cuda_calls
+    if phase == "backward" and graph.cuda_backward is not None:
+        expected, expected_calls = graph.cuda_backward
     problems = []
     if len(kernels) != expected:
         problems.append(f"{phase}: {len(kernels)} kernels ({', '.join(kernels)}), expected {expected}")
-    if tuple(calls) != graph.cuda_calls:
-        problems.append(f"{phase}: calls {calls}, expected {list(graph.cuda_calls)}")
+    if tuple(calls) != expected_calls:
+        problems.append(f"{phase}: calls {calls}, expected {list(expected_calls)}")
     if not ptx:
         problems.append(f"{phase}: nothing was compiled")
     problems += [

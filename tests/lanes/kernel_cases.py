@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 
 from qkernels.ops import fake_quant, minmax, qparams, update_qparams
 from tests.lanes.cases import Arguments, KernelCase, Outputs
-from tests.lanes.layouts import LAYOUTS, THOROUGH, Layout
+from tests.lanes.layouts import LAYOUTS, THOROUGH, Layout, sweep
+from tests.lanes.lsq_cases import lsq_cases
 
 QUANT_MIN, QUANT_MAX = -128, 127
 
@@ -23,13 +24,6 @@ def _statistics_registers(layout: Layout) -> int:
     element with an address each (108 with Triton 3.6, 88 with 3.7).
     """
     return 128 if layout.vector == 1 else 88
-
-
-def _sweep(
-    layout: Layout, arguments: Callable[[torch.Tensor], Arguments]
-) -> Callable[[torch.dtype, int], Arguments] | None:
-    """How to make arguments of n elements; only for the flat layout, whose one extent is the size."""
-    return (lambda dtype, n: arguments(torch.empty(n, dtype=dtype))) if layout.name == "flat" else None
 
 
 # The last program of a reduction finishes for all. ptxas parks a few values on the stack there, once per program, to
@@ -71,7 +65,7 @@ def _fake_quantize(layout: Layout, backward: bool, flagged: bool = False, float_
         vector=layout.vector,
         max_registers=96 if layout.vector == 1 else 80 if float_zero_point else 64,
         fused_multiply_adds=float_zero_point,
-        sweep=_sweep(layout, arguments) if not (flagged or backward) else None,
+        sweep=sweep(layout, arguments) if not (flagged or backward) else None,
         max_configurations=1,
         thorough=layout.name in THOROUGH and not flagged,
     )
@@ -95,7 +89,7 @@ def _aminmax(layout: Layout) -> KernelCase:
         vector=layout.vector,
         max_registers=_statistics_registers(layout),
         cold_stack=COLD_STACK,
-        sweep=_sweep(layout, lambda x: {"x": x}),
+        sweep=sweep(layout, lambda x: {"x": x}),
         max_configurations=3,  # a tile of 1024 or 4096 elements; a grid of one, or of more
         thorough=layout.name in THOROUGH,
     )
@@ -262,6 +256,7 @@ def _every() -> Iterator[KernelCase]:
     for rule in ("affine", "symmetric", "float_qparams", "fused_affine", "fused_symmetric"):
         yield _choose_qparams(rule)
     yield _reciprocal()
+    yield from lsq_cases()
 
 
 def _one_dtype(cases: Iterator[KernelCase]) -> Iterator[KernelCase]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.lanes.cases import Arguments
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -72,3 +74,10 @@ LAYOUTS = (
 
 # The layouts that the three code paths are named after: one run of elements, channels outside, channels inside.
 THOROUGH = ("flat", "rows", "cols")
+
+
+def sweep(
+    layout: Layout, arguments: Callable[[torch.Tensor], Arguments]
+) -> Callable[[torch.dtype, int], Arguments] | None:
+    """How to make arguments of n elements; only for the flat layout, whose one extent is the size."""
+    return (lambda dtype, n: arguments(torch.empty(n, dtype=dtype))) if layout.name == "flat" else None

@@ -130,7 +130,10 @@ def _train_twice(module: torch.nn.Module, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_read_nothing(name: str, monkeypatch: pytest.MonkeyPatch):
     """With the shortcut for flags on the CPU taken out, which no other device takes."""
-    monkeypatch.setattr(fake_quant_core, "_known_off", lambda flag: False)
+    monkeypatch.setattr(fake_quant_core, "known_off", lambda flag: False)
+    from qkernels.modules import learnable_core
+
+    monkeypatch.setattr(learnable_core, "known_off", lambda flag: False)
     module, x = MODULES[name](), _state(None)["x"]
     with count_host_reads() as reads:
         _train_twice(module, x)
@@ -150,9 +153,14 @@ def test_modules_run_on_cuda_tensors_without_values(name: str):
     """
     module, x = MODULES[name](), _state(None)["x"]
     with FakeTensorMode(), torch.no_grad():
-        tensors = {id(t): torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in [x, *module.buffers()]}
+        tensors = {
+            id(t): torch.empty(t.shape, dtype=t.dtype, device="cuda")
+            for t in [x, *module.buffers(), *module.parameters()]
+        }
         for part in module.modules():
             for key, buffer in part._buffers.items():
                 part._buffers[key] = tensors[id(buffer)]
+            for key, parameter in part._parameters.items():
+                part._parameters[key] = torch.nn.Parameter(tensors[id(parameter)])
         module(tensors[id(x)])
         module(tensors[id(x)])

@@ -29,7 +29,10 @@ def test_memory(case: KernelCase):
 @pytest.mark.parametrize("name", MODULES)
 def test_module_steps_are_one_or_two_launches(name: str, monkeypatch: pytest.MonkeyPatch):
     """An observer is one launch and one read of x, a fake quantizer two of each; its backward is one more launch."""
-    monkeypatch.setattr(fake_quant_core, "_known_off", lambda flag: False)  # a shortcut that only the CPU takes
+    monkeypatch.setattr(fake_quant_core, "known_off", lambda flag: False)  # a shortcut that only the CPU takes
+    from qkernels.modules import learnable_core
+
+    monkeypatch.setattr(learnable_core, "known_off", lambda flag: False)
     module = MODULES[name]()
     x = torch.linspace(-2.0, 2.0, 3 * 4 * 5).reshape(3, 4, 5).requires_grad_()
     expected = 2 if "FakeQuantize" in name else 1
