@@ -24,6 +24,13 @@ from qkernels.modules.fake_quant import (
     FixedQParamsFakeQuantize,
     FusedMovingAvgObsFakeQuantize,
 )
+from qkernels.modules.learnable import (
+    LearnableFakeQuantize,
+    _LearnableFakeQuantize,
+    enable_param_learning,
+    enable_static_estimate,
+    enable_static_observation,
+)
 from qkernels.modules.minmax import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -102,6 +109,21 @@ from qkernels.modules.factories import (
     swap_qconfig_mapping,
     weight_observer_range_neg_127_to_127,
 )
+from qkernels.modules.initializers import (
+    initialize,
+    lsq_plus_activation_qparams,
+    lsq_plus_weight_scale,
+    lsq_scale,
+    mse_qparams,
+)
+from qkernels.modules.learning import (
+    LearningSchedule,
+    learnable_qconfig,
+    learnable_qconfig_mapping,
+    parameter_groups,
+    prepare_learnable,
+    shape_weight_quantizers,
+)
 from qkernels.modules.swapping import SwapReport, freeze, swap
 from qkernels.modules.verification import VerifyReport, verify
 
@@ -111,6 +133,8 @@ __all__ = [
     "FixedQParamsFakeQuantize",
     "FixedQParamsObserver",
     "FusedMovingAvgObsFakeQuantize",
+    "LearnableFakeQuantize",
+    "LearningSchedule",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
@@ -124,6 +148,7 @@ __all__ = [
     "SwapReport",
     "UniformQuantizationObserverBase",
     "VerifyReport",
+    "_LearnableFakeQuantize",
     "counterpart",
     "default_activation_only_qconfig",
     "default_affine_fixed_qparams_fake_quant",
@@ -172,6 +197,9 @@ __all__ = [
     "disable_observer",
     "enable_fake_quant",
     "enable_observer",
+    "enable_param_learning",
+    "enable_static_estimate",
+    "enable_static_observation",
     "float16_dynamic_qconfig",
     "float16_static_qconfig",
     "float_qparams_weight_only_qconfig",
@@ -184,9 +212,19 @@ __all__ = [
     "get_default_qconfig",
     "get_default_qconfig_mapping",
     "get_observer_state_dict",
+    "initialize",
+    "learnable_qconfig",
+    "learnable_qconfig_mapping",
     "load_observer_state_dict",
+    "lsq_plus_activation_qparams",
+    "lsq_plus_weight_scale",
+    "lsq_scale",
+    "mse_qparams",
+    "parameter_groups",
     "per_channel_dynamic_qconfig",
     "per_channel_weight_observer_range_neg_127_to_127",
+    "prepare_learnable",
+    "shape_weight_quantizers",
     "swap",
     "swap_qconfig",
     "swap_qconfig_mapping",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from torch.ao.quantization import _learnable_fake_quantize as torch_ao_learnable
 from torch.ao.quantization import fake_quantize as torch_ao_fake_quantize
 from torch.ao.quantization import observer as torch_ao_observer
 
@@ -31,9 +32,13 @@ def counterparts() -> dict[type, type]:
     """Stock class -> our class. torchao's are in it only once torchao's PT2E package has been imported."""
     ours = importlib.import_module("qkernels.modules")
     pairs = _pairs(torch_ao_observer, torch_ao_fake_quantize, ours)
+    pairs[torch_ao_learnable._LearnableFakeQuantize] = ours.LearnableFakeQuantize
     torchao = "torchao.quantization.pt2e"
     if torchao in sys.modules:
         observers = importlib.import_module(f"{torchao}.observer")
         fake_quantizers = importlib.import_module(f"{torchao}.fake_quantize")
-        pairs |= _pairs(observers, fake_quantizers, importlib.import_module("qkernels.modules.pt2e"))
+        ours = importlib.import_module("qkernels.modules.pt2e")
+        pairs |= _pairs(observers, fake_quantizers, ours)
+        learnable = importlib.import_module(f"{torchao}.learnable_fake_quantize")
+        pairs[learnable.LearnableFakeQuantize] = ours.LearnableFakeQuantize
     return pairs

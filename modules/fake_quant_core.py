@@ -20,7 +20,7 @@ from qkernels.ops.qparams import choose_qparams_by_rule
 from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
 
 
-def _known_off(flag: Tensor) -> bool:
+def known_off(flag: Tensor) -> bool:
     """Whether the host may look at the flag and finds it 0."""
     return not torch.compiler.is_compiling() and flag.device.type == "cpu" and type(flag) is Tensor and not flag.item()
 
@@ -44,6 +44,11 @@ class FakeQuantizeCore(ABC, nn.Module):
     ch_axis: int
     frozen: bool = False  # True once `qkernels.freeze` has fixed scale and zero point
 
+    @property
+    def _observing(self) -> Tensor:
+        """The device flag of observation."""
+        return self.observer_enabled
+
     def _init_core(self) -> None:
         """Nothing to derive."""
 
@@ -57,7 +62,7 @@ class FakeQuantizeCore(ABC, nn.Module):
             return X
         self._check_input(X)
         scale, zero_point = (self.scale, self.zero_point) if self.frozen else self._observed_qparams(X)
-        if _known_off(self.fake_quant_enabled):
+        if known_off(self.fake_quant_enabled):
             return X
         observer = self.activation_post_process
         return fake_quantize(
@@ -75,29 +80,35 @@ class FakeQuantizeCore(ABC, nn.Module):
         observer = self.activation_post_process
         if not (isinstance(observer, MinMaxCore) and observer.runs_core):
             return self._observe_with_foreign(X)
-        if _known_off(self.observer_enabled):
+        if known_off(self._observing):
             return self.scale.clone(), self.zero_point.clone()
         if observer.memoryless:
             self._prepare_state(X, observer.observed_axis)
-            observer.forget(self.observer_enabled)
+            observer.forget(self._observing)
         return self._update_qparams(X, observer)
 
-    def _update_qparams(self, X: Tensor, source: Any, qparams_enabled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _update_qparams(
+        self, X: Tensor, source: Any, qparams_enabled: Tensor | None = None, scale_floor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Observe X and renew scale and zero point; copies of the two.
 
         Args:
             X: the batch.
             source: who owns rule, symmetric zero point, axis and arrival counters: the observer, or this module.
             qparams_enabled: flag of scale and zero point, if it is not `observer_enabled`.
+            scale_floor: smallest scale, if an optimizer changes scale and zero point too.
         """
         observer = self.activation_post_process
         self._prepare_state(X, source.observed_axis)
+        scale, zero_point = self.scale, self.zero_point
+        if scale.requires_grad or zero_point.requires_grad:
+            scale, zero_point = scale.detach(), zero_point.detach()
         return update_qparams_(
             X.detach(),
             observer.min_val,
             observer.max_val,
-            self.scale,
-            self.zero_point,
+            scale,
+            zero_point,
             observer.quant_min,
             observer.quant_max,
             rule=source.qparams_rule,
@@ -105,9 +116,10 @@ class FakeQuantizeCore(ABC, nn.Module):
             eps=observer.eps,
             averaging_constant=observer.averaging_constant,
             axis=source.observed_axis,
-            enabled=self.observer_enabled,
+            enabled=self._observing,
             workspace=source.workspace,
             qparams_enabled=qparams_enabled,
+            scale_floor=scale_floor,
         )
 
     def _check_input(self, X: Tensor) -> None:
@@ -130,12 +142,16 @@ class FakeQuantizeCore(ABC, nn.Module):
         if axis is not None and (self.scale.numel() == 1 or getattr(observer, "memoryless", False)):
             channels = X.shape[axis]
             if channels != self.scale.numel() and observer.min_val.numel() == channels:
-                give_shape(self, "scale", channels, 1)
-                give_shape(self, "zero_point", channels, 0)
+                self._shape_qparams(channels)
+
+    def _shape_qparams(self, channels: int) -> None:
+        """Give scale and zero point one element per channel."""
+        give_shape(self, "scale", channels, 1)
+        give_shape(self, "zero_point", channels, 0)
 
     def _observe_with_foreign(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """The stock way, for observers with code of their own: reads the flag on the host, which syncs on a GPU."""
-        if self.observer_enabled[0] == 1:
+        if self._observing[0] == 1:
             self.activation_post_process(X.detach())
             scale, zero_point = self.activation_post_process.calculate_qparams()
             if self.scale.shape != scale.shape:
@@ -236,7 +252,7 @@ class FusedMovingAvgCore(FakeQuantizeCore):
         self.workspace.zero_()
 
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        if _known_off(self.observer_enabled) and _known_off(self.fake_quant_enabled):
+        if known_off(self.observer_enabled) and known_off(self.fake_quant_enabled):
             return self.scale, self.zero_point  # unused: X is returned as it is
         return self._update_qparams(X, self, self.fake_quant_enabled)
 

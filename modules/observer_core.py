@@ -77,7 +77,7 @@ class StockConstructor(nn.Module):
         super().__init_subclass__(**kwargs)
         stock = next((c for c in cls.__mro__ if is_stock(c)), None)
         if stock is not None:
-            cls.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+            cls.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]  # classes may have one
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -220,6 +220,24 @@ class PerChannelMinMaxCore(MinMaxCore):
     def _init_core(self, eps: float | None = None) -> None:
         self.observed_axis = self.ch_axis
         super()._init_core(eps)
+
+    def _unseen(self) -> bool:
+        """Whether the statistics have their shape, but saw no batch: a state that the stock class does not know."""
+        low, high = self.min_val, self.max_val
+        if low.numel() == 0 or low.is_meta:
+            return False
+        return bool(((low == float("inf")) & (high == float("-inf"))).all())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._unseen():  # the stock class saves no elements then
+            for name in ("min_val", "max_val"):
+                destination[prefix + name] = destination[prefix + name].new_empty(0)
+
+    def before_unswap(self) -> None:
+        """Give the state that a stock observer would have."""
+        if self._unseen():
+            self.reset_min_max_vals()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any

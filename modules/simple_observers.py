@@ -61,7 +61,7 @@ class RecordingCore(PassThroughCore):
         self.tensor_val.clear()
 
 
-class FixedQParamsObserver(StockConstructor, FixedQParamsCore, stock.FixedQParamsObserver):  # type: ignore[misc]
+class FixedQParamsObserver(StockConstructor, FixedQParamsCore, stock.FixedQParamsObserver):  # type: ignore[misc]  # see minmax.py
     """Takes the place of `torch.ao.quantization.observer.FixedQParamsObserver`, whose constructor it has."""
 
 

@@ -170,9 +170,14 @@ def unswap(model: nn.Module) -> None:
     module: Any
     for module in model.modules():
         if isinstance(module, CORES) and (isinstance(module, FakeQuantizeCore) or not module.frozen):
+            before_unswap: Any = getattr(module, "before_unswap", None)
+            if before_unswap is not None:
+                before_unswap()
+            derived = ("workspace", *getattr(module, "derived_buffers", ()))
             module.__class__ = next(cls for cls in type(module).__mro__ if is_stock(cls))
-            module._buffers.pop("workspace", None)
-            module._non_persistent_buffers_set.discard("workspace")
+            for name in derived:
+                module._buffers.pop(name, None)
+                module._non_persistent_buffers_set.discard(name)
     _exchange_hooks(model, [(ours, stock) for stock, ours in _HOOKS])
 
 

@@ -21,7 +21,7 @@ class Difference:
     Attributes:
         batch: number of the batch, from 0.
         layer: name of the observer or fake quantizer.
-        buffer: name of the buffer, or "output".
+        buffer: name of the buffer or parameter, or "output".
         index: first index that differs; () if shapes or dtypes differ, or for a scalar.
         stock: the stock value there, or its shape and dtype.
         ours: our value there, or its shape and dtype.
@@ -102,17 +102,19 @@ def _run(model: nn.Module, batch: Any) -> None:
         model(batch)
 
 
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own buffers and parameters."""
+    yield from module.named_buffers(recurse=False)
+    yield from ((name, parameter.detach()) for name, parameter in module.named_parameters(recurse=False))
+
+
 def _compare(stock: nn.Module, ours: nn.Module, outputs: tuple[dict[str, Tensor], dict[str, Tensor]],
              names: list[str]) -> Iterator[tuple[str, str, tuple[int, ...], Any, Any]]:  # fmt: skip
     """(layer, buffer, index, stock value, our value) of everything that differs now."""
     stock_modules, our_modules = dict(stock.named_modules()), dict(ours.named_modules())
     for name in names:
-        buffers = dict(our_modules[name].named_buffers(recurse=False))
-        pairs = [
-            (buffer, value, buffers[buffer])
-            for buffer, value in stock_modules[name].named_buffers(recurse=False)
-            if buffer in buffers
-        ]
+        state = dict(_state(our_modules[name]))
+        pairs = [(key, value, state[key]) for key, value in _state(stock_modules[name]) if key in state]
         if name in outputs[0] and name in outputs[1]:
             pairs.append(("output", outputs[0][name], outputs[1][name]))
         for buffer, theirs, mine in pairs:
@@ -124,8 +126,8 @@ def verify(model: nn.Module, batches: Iterable[Any]) -> VerifyReport:
     """Check that swapping changes nothing: run the stock version and ours over the same batches and compare.
 
     Both run on deep copies, from the same state and the same random numbers, in the model's own mode (train or eval),
-    without gradients. After each batch every buffer of every observer and fake quantizer is compared bit for bit, and
-    the output of every one of them.
+    without gradients. After each batch every buffer and parameter of every observer and fake quantizer is compared bit
+    for bit, and the output of every one of them.
 
     Args:
         model: a prepared model, with stock classes or with ours. It is left as it is.

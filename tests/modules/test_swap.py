@@ -253,8 +253,7 @@ LEFT: dict[str, Callable[[], torch.nn.Module]] = {
     "subclass of ours": lambda: type("Mine", (qkernels.modules.MinMaxObserver,), {})(),
     "HistogramObserver": torch_ao.HistogramObserver,
     "torchao's HistogramObserver": lambda: torchao.HistogramObserver(),
-    "learnable": lambda: _LearnableFakeQuantize(torch_ao.MinMaxObserver),
-    "torchao's learnable": lambda: torchao.LearnableFakeQuantize(torchao.MinMaxObserver),
+    "subclass of a learnable": lambda: type("Own", (_LearnableFakeQuantize,), {})(torch_ao.MinMaxObserver),
 }
 
 
