@@ -28,8 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-build-isolation --editable '.[torchao,demo,test,check]'
 	@touch $@
 
-demo: $(STAMP) ## quantization-aware training on real handwritten digits, torch.ao's modules against ours
+demo: $(STAMP) ## QAT on real handwritten digits, torch.ao's modules against ours; then learned step sizes
 	$(PY) examples/digits_qat.py $(DEMO_ARGS)
+	$(PY) examples/digits_lsq.py $(DEMO_ARGS)
 
 test: test-interpreter test-ordinary ## the whole test run (PYTEST_ARGS="-k minmax -x" narrows it)
 

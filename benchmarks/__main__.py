@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import timer
+from benchmarks import learnable, timer  # noqa: F401 (learnable registers its cases)
 from benchmarks.cases import CASES, OURS, Bench, Case
 from benchmarks.gate import Verdict, against_contract, against_peers
 from benchmarks.inputs import Input

@@ -22,6 +22,13 @@ class Difference(NamedTuple):
     elements: int | None = None
 
 
+class WithinBound(NamedTuple):
+    """A float tensor that may differ by `bound`, elementwise: a sum, whose terms may be added in any order."""
+
+    value: Tensor
+    bound: Tensor
+
+
 class Verdict(NamedTuple):
     """`wrong`: what keeps the case from being timed. `peers_differ`: peers that do not keep the contract, on a GPU."""
 
@@ -38,6 +45,11 @@ def differences(ours: object, theirs: object) -> list[Difference]:
         if ours.keys() != theirs.keys():
             return [Difference(f"keys {sorted(ours)} and {sorted(theirs)}")]
         return [Difference(f"{key}: {d.text}", d.elements) for key in ours for d in differences(ours[key], theirs[key])]
+    if isinstance(ours, WithinBound) and isinstance(theirs, WithinBound):
+        off = (ours.value.double() - theirs.value.to(ours.value.device).double()).abs()
+        rounding = 2 * torch.finfo(ours.value.dtype).eps * ours.value.double().abs()
+        wrong = int((~(off <= ours.bound + rounding)).sum())
+        return [Difference(f"{wrong} of {off.numel()} sums differ by more than their bound", wrong)] if wrong else []
     if isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
         return [found for pair in zip(ours, theirs, strict=True) for found in differences(*pair)]
     if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)):
