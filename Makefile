@@ -11,8 +11,9 @@ STAMP := $(VENV)/.installed
 # --no-build-isolation: an isolated build would fetch packages that the constraints do not reach.
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# Two workers of one thread each: torch's own thread pools would fight over the cores with the workers.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+# Two workers of one thread each: torch's own thread pools would fight over the cores with the workers. A test that
+# hangs ends its worker, and so fails by name; the slowest takes half a minute.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --timeout 400 --timeout-method thread
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

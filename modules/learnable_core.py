@@ -197,8 +197,7 @@ class LearnableCore(FakeQuantizeCore):
             self.zero_point.data.zero_()
 
     def _raise_scale(self) -> None:
-        scale = self.scale.data
-        scale.copy_(torch.maximum(scale, self.eps))  # not out=, which torch.func refuses
+        self.scale.data.clamp_(min=self.eps)
 
     def _observe_with_foreign(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """The stock way, for observers with code of their own: reads the flag on the host, which syncs on a GPU."""

@@ -192,7 +192,7 @@ def learnable_fake_quantize_backward_composition(
         inside = clamped == codes.code
     known = codes.code == codes.code
     steps = clamped - codes.zero_point
-    slope = torch.where(inside, (steps * codes.scale - x) * codes.inverse, steps)
+    slope = torch.where(inside, _distance(steps, codes.scale, x) * codes.inverse, steps)
     wide_dy = dy.to(slope.dtype)
     dims = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
     dscale = _sum(torch.where(known, wide_dy * slope, 0.0), dims)
@@ -209,6 +209,13 @@ def learnable_fake_quantize_backward_composition(
                 gradient = torch.where(is_on(flag), gradient, 0.0)
         gradients.append(gradient.reshape(parameter.shape).to(gradient_dtype(parameter)))
     return dy * inside, gradients[0], gradients[1]
+
+
+def _distance(steps: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """steps * scale - x, the product not rounded. On CUDA Inductor's float32 code does that by itself: it contracts."""
+    if x.device.type == "cuda":
+        return steps * scale - x
+    return steps.double() * scale.double() - x.double()
 
 
 def _sum(terms: Tensor, dims: list[int]) -> Tensor:

@@ -16,7 +16,7 @@ from qkernels.ops.compositions import (
     learnable_fake_quantize_composition,
 )
 from qkernels.ops.fake_quant_autograd import transforms_active
-from qkernels.ops.fake_quant_cpu import learnable_fake_quantize_cpu
+from qkernels.ops.fake_quant_cpu import learnable_fake_quantize_by_torch, learnable_fake_quantize_cpu
 from qkernels.ops.lsq_autograd import (
     Calls,
     LearnableFakeQuantize,
@@ -212,7 +212,7 @@ def learnable_fake_quantize(
 
         z = clamp(rint(zero_point), quant_min, quant_max),  q = rint(x * (1 / scale)) + z,  k = clamp(q) - z
         y = k * scale,    m = quant_min <= q <= quant_max
-        dx = dy * m,      dscale = grad_factor * sum dy * (m ? (y - x) / scale : k),
+        dx = dy * m,      dscale = grad_factor * sum dy * (m ? (k * scale - x) / scale : k),
         dzero_point = grad_factor * sum dy * (m ? 0 : -scale)
 
     Args:
@@ -241,7 +241,8 @@ def learnable_fake_quantize(
     Raises:
         TypeError: an argument has the wrong dtype.
         ValueError: an argument has the wrong shape, value or device.
-        NotImplementedError: float64 scale, bounds beyond +-2**23, or a second differentiation.
+        NotImplementedError: float64 scale, bounds beyond +-2**23, or a second differentiation (small CPU tensors, which
+            torch's own operator serves: torch's RuntimeError).
 
     Note:
         NaN gives NaN with gradient 0 and adds nothing to the other gradients. Infinities saturate. An empty x gives
@@ -255,6 +256,8 @@ def learnable_fake_quantize(
     arguments = (x, scale, zero_point, quant_min, quant_max, grad_factor, axis, enabled, grad_mask, learning,
                  grad_elements)  # fmt: skip
     if runs_directly(x, scale, zero_point) and x.device.type in _DIRECT:
+        if not INTERPRETED and (y := learnable_fake_quantize_by_torch(*arguments)) is not None:
+            return y
         checked = _check("learnable_fake_quantize", *arguments)
         calls = _DIRECT[x.device.type]
         if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from qkernels.autotune.heuristics import flat_accumulation, tiled_accumulation
-from qkernels.device_math import clamp_to_low, gate, is_on, learned_zero_point, rint, round_to, row_offset
+from qkernels.device_math import clamp_to_low, fma, gate, is_on, learned_zero_point, rint, round_to, row_offset
 from qkernels.launch import launch
 from qkernels.layout import Channels, Flat, plan
 
@@ -102,7 +102,7 @@ def _one_tile(dx_ptr, x_ptr, dy_ptr, mask, scale, inverse, zero_point, qparams, 
 
     steps = clamp_to_low(code, qparams.quant_min, qparams.quant_max) - zero_point
     known = code == code
-    slope = tl.where(inside, (steps * scale - x) * inverse, steps)
+    slope = tl.where(inside, fma(steps, scale, -x) * inverse, steps)
     dy = dy.to(tl.float32)
     scale_sum, scale_rest = _add(sums[0], sums[1], tl.where(known, dy * slope, 0.0))
     saturated_sum, saturated_rest = _add(sums[2], sums[3], tl.where(inside | (code != code), 0.0, dy))

@@ -17,6 +17,9 @@ import pytest
 _CACHE_DIR = tempfile.mkdtemp(prefix="qkernels-inductor-")
 atexit.register(shutil.rmtree, _CACHE_DIR, ignore_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE_DIR
+# Inductor compiles in the process that asks. Its pool of helpers gains nothing beside two workers on two cores and
+# may outlive the processes that tests start, holding their pipes open.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import torch  # noqa: E402
 

@@ -71,7 +71,7 @@ def reference_learnable(
             inside = (q >= low) & (q <= high)
         # A code that is NaN although x is not (0 * inf, from a subnormal scale) becomes quant_min, outside.
         k = np.minimum(np.maximum(np.where(np.isnan(q), low, q), low), high) - z
-        grid = k * s  # float32 for all but a float64 x
+        grid = k.astype(np.float64) * s.astype(np.float64)  # the term is rounded once, not y before it
         # Per tensor torch multiplies in float32 even for a float64 x.
         y = k.astype(np.float32) * s if axis is None else k * s.astype(k.dtype)
         y = np.where(np.isnan(xs), np.nan, y.astype(xs.dtype)).astype(xs.dtype)
@@ -95,7 +95,7 @@ def _terms(
     """The addends of dscale and dzero_point, in float64, and of dscale's underflow; none where the code is NaN."""
     g, wide_s = dy.double().numpy(), s.astype(np.float64)
     with np.errstate(all="ignore"):
-        slope = np.where(inside, (grid.astype(np.float64) - xs.astype(np.float64)) / wide_s, k)
+        slope = np.where(inside, (grid - xs.astype(np.float64)) / wide_s, k)
         number = ~np.isnan(q)
         dscale = np.where(number, g * slope, 0.0)
         dzero_point = np.where(number & ~inside, -wide_s * g, 0.0)

@@ -44,7 +44,7 @@ def run(example: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A few steps of everything; without C++ compiler torch.compile falls back, so this takes seconds."""
     env = os.environ | {"CXX": "no-such-compiler", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(example), "--device", "cpu", "--float-steps", "5", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_digits_without_a_compiler() -> None:

@@ -36,7 +36,9 @@ def run_python(code: str, *, cwd: Path, **environment: str) -> str:
     """What a fresh process prints, with the checkout on sys.path and the kernels out of the interpreter."""
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     env |= {"PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -91,7 +93,7 @@ def test_wheel_holds_the_packages_and_nothing_stale(tmp_path: Path) -> None:
     stale.write_text("raise ImportError\n", encoding="utf-8")
 
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(tree)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")
 

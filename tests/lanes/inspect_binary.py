@@ -77,7 +77,7 @@ def resources(cubin: bytes) -> Resources:
 
 
 def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, timeout=300, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{tool} failed: {done.stderr[:300]}")
     return done.stdout + done.stderr

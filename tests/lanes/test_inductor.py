@@ -27,6 +27,7 @@ def _generate_cuda(names: list[str], cache: Path) -> dict[str, dict[str, dict[st
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")},
         capture_output=True,
         text=True,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -91,10 +91,11 @@ def run(case: Case, steps: list[Any], device: torch.device) -> None:
 
 
 def prepared(case: Case, theirs: Any, device: torch.device) -> tuple[Any, Any]:
-    """Fresh modules; torchao's stock one cannot load what it saved before it has seen a batch, so it gets one."""
+    """Fresh modules; torchao's stock one cannot load what it saved before it has seen a batch, so both get one."""
     fresh_mine, fresh_theirs = case.pair(device)
     if case.face == "torchao":
         fresh_theirs(case.batch(0))
+        fresh_mine(case.batch(0).to(device))
     for fresh in (fresh_mine, fresh_theirs):  # requires_grad is no part of a state_dict
         learning = theirs.scale.requires_grad
         if case.face == "torchao":

@@ -113,7 +113,12 @@ def test_without_torchao_only_pt2e_is_missing() -> None:
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((root, os.environ.get("PYTHONPATH", "")))}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCHAO], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", WITHOUT_TORCHAO],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "qkernels[torchao]" in done.stdout
