@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.launch import INTERPRETED
 from qkernels.modules.observer_core import MinMaxCore, give_shape, given, shape_statistics
 from qkernels.ops import fake_quantize, update_qparams_
 from qkernels.ops.checks import check_axis, check_x
 from qkernels.ops.minmax import new_workspace, renewed_workspace
 from qkernels.ops.qparams import choose_qparams_by_rule
 from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
+from qkernels.ops.registration import runs_directly
+from qkernels.ops.small_cpu import fused_fake_quantize_by_torch
 
 
 def known_off(flag: Tensor) -> bool:
@@ -250,6 +253,25 @@ class FusedMovingAvgCore(FakeQuantizeCore):
         """Give every buffer the value it has in a fresh module: after `to_empty()`, or meta initialisation."""
         super().reset_parameters()
         self.workspace.zero_()
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Fake quantize `X` with the qparams of everything observed so far, `X` included. See FakeQuantizeCore."""
+        if not (self.frozen or self.consistent_qparams or INTERPRETED) and runs_directly(X, self.scale):
+            observer = self.activation_post_process
+            y = fused_fake_quantize_by_torch(
+                X,
+                (observer.min_val, observer.max_val, self.scale, self.zero_point),
+                self.observer_enabled,
+                self.fake_quant_enabled,
+                observer.averaging_constant,
+                observer.quant_min,
+                observer.quant_max,
+                self.observed_axis,
+                self.is_symmetric_quant,
+            )
+            if y is not None:
+                return y
+        return super().forward(X)
 
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
         if known_off(self.observer_enabled) and known_off(self.fake_quant_enabled):

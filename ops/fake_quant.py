@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qkernels.launch import INTERPRETED
 from qkernels.ops import checks
 from qkernels.ops.compositions import (
     fake_quantize_backward_composition,
@@ -14,13 +15,16 @@ from qkernels.ops.compositions import (
     per_channel_float_zero_point,
 )
 from qkernels.ops.fake_quant_autograd import (
+    Calls,
+    FakeQuantize,
     FakeQuantizeBackwardForTransforms,
     FakeQuantizeForTransforms,
     register_autograd,
     transforms_active,
 )
 from qkernels.ops.fake_quant_cpu import fake_quantize_backward_cpu, fake_quantize_cpu
-from qkernels.ops.registration import decompose, register
+from qkernels.ops.registration import decompose, implementations, register, runs_directly
+from qkernels.ops.small_cpu import fake_quantize_by_torch
 
 Tensor = torch.Tensor
 
@@ -192,6 +196,16 @@ decompose(_fake_quantize_op, fake_quantize_composition, _keep)
 decompose(_fake_quantize_backward_op, fake_quantize_backward_composition, _keep_backward)
 
 
+_DIRECT = {
+    device: Calls(forward, backward)
+    for (device, forward), backward in zip(
+        implementations(_fake_quantize_aten, _fake_quantize_triton).items(),
+        implementations(_fake_quantize_backward_aten, _fake_quantize_backward_triton).values(),
+        strict=True,
+    )
+}
+
+
 def fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -235,9 +249,17 @@ def fake_quantize(
         aten/src/ATen/native/quantized/cpu/kernels/QuantizedOpKernels.cpp; equal to them on the CPU for every finite x
         (the per-channel one overflows for |x / scale| above 2**63, this one saturates).
     """
+    arguments = (x, scale, zero_point, quant_min, quant_max, axis, enabled)
+    if runs_directly(x, scale, zero_point) and x.device.type in _DIRECT:
+        if not INTERPRETED and (y := fake_quantize_by_torch(*arguments)) is not None:
+            return y
+        calls = _DIRECT[x.device.type]
+        if torch.is_grad_enabled() and x.requires_grad:
+            return FakeQuantize.apply(calls, *arguments)
+        return calls.forward(*arguments)
     if transforms_active():
-        return FakeQuantizeForTransforms.apply(x, scale, zero_point, quant_min, quant_max, axis, enabled)
-    return _fake_quantize_op(x, scale, zero_point, quant_min, quant_max, axis, enabled)
+        return FakeQuantizeForTransforms.apply(*arguments)
+    return _fake_quantize_op(*arguments)
 
 
 def fake_quantize_backward(

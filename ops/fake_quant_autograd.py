@@ -7,7 +7,7 @@ us a call against 29 for torch.library.register_autograd, 10 of them the ATen im
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,14 +37,21 @@ def refuse(operator: str) -> Any:
     return staticmethod(backward)
 
 
+class Calls(NamedTuple):
+    """How the Functions compute: through the dispatcher, or by calling an implementation itself."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
 class FakeQuantize(torch.autograd.Function):
-    """fake_quantize below the Autograd key."""
+    """fake_quantize for the autograd engine."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, calls: Calls, *inputs: Any) -> Tensor:
         """y; `inputs` are the operator's arguments."""
-        with torch._C._AutoDispatchBelowAutograd():
-            y = torch.ops.qkernels.fake_quantize.default(*inputs)
+        ctx.calls = calls
+        y = calls.forward(*inputs)
         _save(ctx, inputs, y)
         return y
 
@@ -52,8 +59,12 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of x alone."""
         x, scale, zero_point, enabled = ctx.saved_tensors
-        backward = torch.ops.qkernels.fake_quantize_backward.default
-        return backward(dy, x, scale, zero_point, *ctx.bounds_and_axis, enabled), None, None, None, None, None, None
+        if torch.is_grad_enabled():  # create_graph: the operator knows that it cannot be differentiated
+            backward = torch.ops.qkernels.fake_quantize_backward.default
+        else:
+            backward = ctx.calls.backward
+        dx = backward(dy, x, scale, zero_point, *ctx.bounds_and_axis, enabled)
+        return None, dx, None, None, None, None, None, None
 
 
 class FakeQuantizeBackward(torch.autograd.Function):
@@ -120,5 +131,15 @@ def dispatch(op: Any, differentiable: Callable[..., Any], tensors: int) -> Any:
 
 def register_autograd(forward: Any, backward: Any) -> None:
     """Put the kernels above on the Autograd key of the two operators."""
-    LIBRARY.impl("fake_quantize", dispatch(forward, FakeQuantize.apply, 1), "Autograd")
+
+    def below_autograd(*inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward(*inputs)
+
+    calls = Calls(below_autograd, backward)
+
+    def differentiable(*inputs: Any) -> Tensor:
+        return FakeQuantize.apply(calls, *inputs)
+
+    LIBRARY.impl("fake_quantize", dispatch(forward, differentiable, 1), "Autograd")
     LIBRARY.impl("fake_quantize_backward", dispatch(backward, FakeQuantizeBackward.apply, 2), "Autograd")

@@ -2,7 +2,7 @@
 
 torch's CPU operator is scalar code. Six in-place vector passes are about nine times faster at 100,000 elements and
 four times slower at one element, where each pass costs a microsecond of dispatch; the two meet near 1,000 elements
-(one thread, torch 2.13, x86-64). With learned qparams torch's autograd in C++ counts too, and they meet above 16,000.
+(one thread, torch 2.13, x86-64).
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from typing import Any
 
 import torch
 
-from qkernels.ops.checks import FLAG_DTYPES
 from qkernels.ops.compositions import (
-    EXACT_BOUND,
     channel_shape,
     fake_quantize_backward_composition,
     fake_quantize_composition,
-    gradient_factor,
     is_wide,
     learnable_fake_quantize_composition,
     learned_zero_point,
@@ -27,8 +24,6 @@ from qkernels.ops.compositions import (
 Tensor = torch.Tensor
 
 SMALL = 1024  # elements up to which torch's own operator is faster
-SMALL_LEARNABLE = 1 << 14  # the same for learned qparams, with a backward
-CODE_LIMIT = 2.0**62  # torch's operators convert codes to int64
 
 
 def _with_strides_of(like: Tensor, values: Tensor) -> Tensor:
@@ -123,75 +118,6 @@ def _by_passes(x: Tensor, scale: Any, inverse: Any, zero_point: Any, quant_min: 
     """y for a zero point of integers; the three qparams are numbers or broadcast against x."""
     y = _codes(x, inverse, zero_point).clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
     return y.to(x.dtype)
-
-
-def _is_on(flag: Tensor | None) -> bool:
-    """Whether this, unchecked, is a flag and on, or None."""
-    return flag is None or (flag.is_cpu and flag.numel() == 1 and flag.dtype in FLAG_DTYPES and flag.item() != 0)
-
-
-def exact_for_torch(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> bool:
-    """Whether torch's learnable operators give our y and, but for a negative zero point per tensor, our gradients.
-
-    In float32, without NaN, with every code of x an int64. Per channel torch adds the zero point before it rounds, so
-    that it has to be 0; per tensor its backward rounds half up, and its forward half to even.
-    """
-    if not x.dtype == scale.dtype == zero_point.dtype == torch.float32:
-        return False
-    low, high = torch.aminmax(x.detach())
-    if axis is None:
-        step, code = scale.item(), zero_point.item()
-        if not abs(code) < EXACT_BOUND or abs(code - round(code)) > 0.49:
-            return False
-    else:
-        step = torch.min(scale).item()
-        if zero_point.any():
-            return False
-    return step > 1e-37 and max(-low.item(), high.item()) < CODE_LIMIT * step
-
-
-def learnable_fake_quantize_by_torch(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    grad_factor: float,
-    axis: int | None,
-    enabled: Tensor | None,
-    grad_mask: str,
-    learning: Tensor | None,
-    grad_elements: str | None,
-) -> Tensor | None:
-    """The forward by torch's operator, whose autograd is C++: for tensors so small that Python would take longer.
-
-    Takes unchecked arguments that `runs_directly`. None where torch's operator would give other numbers, or raise.
-    """
-    if not (
-        0 < x.numel() <= SMALL_LEARNABLE
-        and x.is_contiguous()
-        and x.is_cpu
-        and scale.is_cpu
-        and zero_point.is_cpu
-        and grad_mask == "rounded"
-        and -EXACT_BOUND <= quant_min <= quant_max <= EXACT_BOUND
-        and _is_on(enabled)
-        and _is_on(learning)
-    ):
-        return None
-    if axis is None:
-        if not scale.shape == zero_point.shape == (1,) or not zero_point.item() >= 0:
-            return None
-    elif not (0 <= axis < x.ndim and scale.shape == zero_point.shape == (x.shape[axis],)):
-        return None
-    if (grad_elements is not None and quant_max < 1) or not exact_for_torch(x, scale, zero_point, axis):
-        return None
-    factor = gradient_factor(x, quant_max, grad_factor, axis, grad_elements)
-    if axis is None:
-        y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, quant_min, quant_max, factor)
-    else:
-        y = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max, factor)
-    return y
 
 
 def learnable_fake_quantize_cpu(

@@ -15,10 +15,9 @@ from qkernels.ops.compositions import (
     learnable_fake_quantize_backward_composition,
     learnable_fake_quantize_composition,
 )
-from qkernels.ops.fake_quant_autograd import transforms_active
-from qkernels.ops.fake_quant_cpu import learnable_fake_quantize_by_torch, learnable_fake_quantize_cpu
+from qkernels.ops.fake_quant_autograd import Calls, transforms_active
+from qkernels.ops.fake_quant_cpu import learnable_fake_quantize_cpu
 from qkernels.ops.lsq_autograd import (
-    Calls,
     LearnableFakeQuantize,
     LearnableFakeQuantizeBackwardForTransforms,
     LearnableFakeQuantizeForTransforms,
@@ -26,6 +25,7 @@ from qkernels.ops.lsq_autograd import (
 )
 from qkernels.ops.lsq_cpu import learnable_fake_quantize_backward_cpu
 from qkernels.ops.registration import decompose, register, runs_directly
+from qkernels.ops.small_cpu import learnable_fake_quantize_by_torch
 
 Tensor = torch.Tensor
 

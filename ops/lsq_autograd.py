@@ -5,25 +5,17 @@ Saved are x, the qparams and the flags; no mask and nothing else of x's size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from qkernels.ops.compositions import learned_zero_point
-from qkernels.ops.fake_quant_autograd import dispatch, refuse
+from qkernels.ops.fake_quant_autograd import Calls, dispatch, refuse
 from qkernels.ops.registration import LIBRARY
 
 Tensor = torch.Tensor
 Gradients = tuple[Tensor | None, ...]
 Options = tuple[Any, ...]  # the operator's arguments after zero_point
-
-
-class Calls(NamedTuple):
-    """How the Function below computes: through the dispatcher, or by calling an implementation itself."""
-
-    forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def _fake_quantize_backward(dy: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, options: Options) -> Tensor:

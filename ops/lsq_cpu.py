@@ -21,12 +21,12 @@ from qkernels.ops.compositions import (
     learnable_fake_quantize_backward_composition,
     learned_zero_point,
 )
-from qkernels.ops.fake_quant_cpu import exact_for_torch, fake_quantize_backward_cpu, is_off, learned_qparams
+from qkernels.ops.fake_quant_cpu import fake_quantize_backward_cpu, is_off, learned_qparams
+from qkernels.ops.small_cpu import SMALL, exact_for_torch
 
 Tensor = torch.Tensor
 
 BLOCK = 1 << 16  # elements per thread and pass
-SMALL = 1 << 14  # elements up to which torch's own operator is faster
 
 
 def learnable_fake_quantize_backward_cpu(

@@ -8,8 +8,8 @@ import torch
 
 from qkernels.autotune.heuristics import MAX_SHARED_GROUPS
 from qkernels.launch import mark_written
-from qkernels.ops import checks
-from qkernels.ops.registration import decompose, not_differentiable, register
+from qkernels.ops import checks, statistics_numpy
+from qkernels.ops.registration import decompose, directly, implementations, not_differentiable, register
 
 Tensor = torch.Tensor
 
@@ -166,8 +166,16 @@ def _observe_minmax_aten(
     workspace: Tensor | None = None,
 ) -> None:
     axis = check_observe("observe_minmax_", x, min_val, max_val, axis, enabled, workspace)
-    if enabled is None or enabled.item():  # a CPU tensor: no sync
-        _observe_composition(x, min_val, max_val, averaging_constant, axis)
+    if x.numel() == 0 or (enabled is not None and not enabled.item()):  # a CPU tensor: no sync
+        return
+    batch = extremes(x, axis)
+    if averaging_constant is None and x.dtype == min_val.dtype:
+        torch.minimum(batch[0].reshape(min_val.shape), min_val, out=min_val)
+        torch.maximum(batch[1].reshape(max_val.shape), max_val, out=max_val)
+    elif not statistics_numpy.observe(batch, min_val, max_val, averaging_constant):
+        low, high = fold(*batch, min_val, max_val, averaging_constant)
+        min_val.copy_(low)
+        max_val.copy_(high)
 
 
 def _observe_minmax_triton(
@@ -208,6 +216,9 @@ def _observe_minmax_fake(
 ) -> None:
     check_observe("observe_minmax_", x, min_val, max_val, axis, enabled, workspace)
 
+
+_AMINMAX = implementations(_aminmax_aten, _aminmax_triton)
+_OBSERVE = implementations(_observe_minmax_aten, _observe_minmax_triton)
 
 _aminmax_op = not_differentiable(
     register(
@@ -264,7 +275,7 @@ def aminmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     Reference:
         torch.aminmax.
     """
-    return _aminmax_op(x, axis)
+    return (directly(_AMINMAX, x) or _aminmax_op)(x, axis)
 
 
 def observe_minmax_(
@@ -300,4 +311,5 @@ def observe_minmax_(
     Reference:
         MinMaxObserver and MovingAverageMinMaxObserver.forward, torch/ao/quantization/observer.py, torch 2.13.
     """
-    _observe_minmax_op(x, min_val, max_val, averaging_constant, axis, enabled, workspace)
+    observe = directly(_OBSERVE, x, min_val, max_val) or _observe_minmax_op
+    observe(x, min_val, max_val, averaging_constant, axis, enabled, workspace)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qkernels.ops import checks
+from qkernels.ops import checks, statistics_numpy
 from qkernels.ops.compositions import EXACT_BOUND
 from qkernels.ops.minmax import keep_on_gpu, kernels_support
 from qkernels.ops.qparams_rules import (
@@ -14,7 +14,7 @@ from qkernels.ops.qparams_rules import (
     symmetric_zero_point_of,
     zero_point_dtype,
 )
-from qkernels.ops.registration import decompose, not_differentiable, register
+from qkernels.ops.registration import decompose, directly, implementations, not_differentiable, register
 
 Tensor = torch.Tensor
 
@@ -93,7 +93,8 @@ def _choose_qparams_aten(
     min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, rule: str, symmetric_zero_point: int, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     _check_choose(min_val, max_val, quant_min, quant_max, rule, eps)
-    return _choose_qparams_composition(min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
+    arguments = (min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
+    return statistics_numpy.choose(*arguments) or _choose_qparams_composition(*arguments)
 
 
 def _choose_qparams_triton(
@@ -119,6 +120,8 @@ def _choose_qparams_fake(
     return min_val.new_empty(shape), min_val.new_empty(shape, dtype=zero_point_dtype(rule, min_val.dtype))
 
 
+_CHOOSE = implementations(_choose_qparams_aten, _choose_qparams_triton)
+
 _choose_qparams_op = not_differentiable(
     register(
         "choose_qparams(Tensor min_val, Tensor max_val, int quant_min, int quant_max, str rule, "
@@ -141,7 +144,8 @@ def choose_qparams_by_rule(
     min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, rule: str, symmetric_zero_point: int, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`choose_qparams` for a caller that already knows its rule (`qparams_rules.RULES`) and symmetric zero point."""
-    return _choose_qparams_op(min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
+    choose = directly(_CHOOSE, min_val, max_val) or _choose_qparams_op
+    return choose(min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
 
 
 def choose_qparams(
@@ -189,4 +193,4 @@ def choose_qparams(
         symmetric_zero_point = symmetric_zero_point_of(dtype, quant_min, quant_max, custom_range)
     if not isinstance(eps, Tensor):
         eps = torch.full((1,), eps, dtype=min_val.dtype, device=min_val.device)
-    return _choose_qparams_op(min_val, max_val, quant_min, quant_max, rule_of(qscheme), symmetric_zero_point, eps)
+    return choose_qparams_by_rule(min_val, max_val, quant_min, quant_max, rule_of(qscheme), symmetric_zero_point, eps)

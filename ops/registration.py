@@ -51,8 +51,9 @@ def register(
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     # With TRITON_INTERPRET=1 Triton runs kernels on CPU tensors. The operators then use them there, so that everything
     # built on the operators can be tested against the kernels without a GPU.
-    LIBRARY.impl(name, triton if INTERPRETED else aten, "CPU")
-    LIBRARY.impl(name, triton, "CUDA")
+    direct = implementations(aten, triton)
+    LIBRARY.impl(name, direct["cpu"], "CPU")
+    LIBRARY.impl(name, direct["cuda"], "CUDA")
     torch.library.register_fake(f"qkernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.qkernels, name).default
 
@@ -67,14 +68,36 @@ def runs_directly(*tensors: Any) -> bool:
     Not under torch.compile, torch.func, tracing or a dispatch mode, not for tensor subclasses, and not under the
     profiler, which is to show the operators by name.
     """
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
     return (
-        all(type(tensor) in _PLAIN for tensor in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_tracing()
         and not torch._C._autograd._profiler_enabled()
     )
+
+
+def implementations(aten: Callable[..., Any], triton: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """What `register` registers, by device type, for calls that `runs_directly`."""
+    return {"cpu": triton if INTERPRETED else aten, "cuda": triton}
+
+
+def directly(implementations: dict[str, Callable[..., Any]], *tensors: Any) -> Callable[..., Any] | None:
+    """The implementation for an eager call that `runs_directly`, with autograd out of its way; else None."""
+    if not runs_directly(*tensors):
+        return None
+    implementation = implementations.get(tensors[0].device.type)
+    if implementation is None or not torch.is_grad_enabled():
+        return implementation
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*args, **kwargs)
+
+    return call
 
 
 def not_differentiable(op: Any) -> Any:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from qkernels.launch import mark_written
-from qkernels.ops import checks
+from qkernels.ops import checks, statistics_numpy
 from qkernels.ops.minmax import cast_like, check_observe, choose, extremes, fold, keep_on_gpu, kernels_support
 from qkernels.ops.qparams import check_rule, fits_kernel
 from qkernels.ops.qparams_rules import apply_rule
-from qkernels.ops.registration import decompose, not_differentiable, register
+from qkernels.ops.registration import decompose, directly, implementations, not_differentiable, register
 
 Tensor = torch.Tensor
 
@@ -147,6 +147,10 @@ def _aten(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
                 update.zero_point.copy_(zero_point)
             return update.scale.clone(), update.zero_point.clone()
         update = update._replace(enabled=None)
+    if update.x.numel() > 0 and update.enabled is None and update.qparams_enabled is None and not update.fused:
+        batch = extremes(update.x, update.axis)
+        if update.scale_floor is None and statistics_numpy.update(batch, update[1:5], *update[5:11]):
+            return update.scale.clone(), update.zero_point.clone()
     return _composition(*update)
 
 
@@ -190,6 +194,8 @@ def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     update = _check(_Update(*args, **kwargs))
     return torch.empty_like(update.scale), torch.empty_like(update.zero_point)
 
+
+_UPDATE = implementations(_aten, _triton)
 
 _update_qparams_op = not_differentiable(
     register(
@@ -283,7 +289,8 @@ def update_qparams_(
     Reference:
         aten/src/ATen/native/quantized/cpu/fused_obs_fake_quant.cpp and torch/ao/quantization/observer.py, torch 2.13.
     """
-    return _update_qparams_op(
+    update = directly(_UPDATE, x, min_val, scale) or _update_qparams_op
+    return update(
         x, min_val, max_val, scale, zero_point, quant_min, quant_max, rule, symmetric_zero_point, eps,
         averaging_constant, axis, enabled, workspace, qparams_enabled, scale_floor,
     )  # fmt: skip

@@ -79,6 +79,7 @@ def _backward(layout: Layout, grad_mask: str = "rounded", flagged: bool = False)
         vector=layout.vector,
         # Where x is read element by element, with an address each, Triton 3.6 takes 158 and 3.7 takes 126.
         max_registers=160 if layout.vector == 1 else 128,
+        fused_multiply_adds=True,  # k * scale - x
         sweep=sweep(layout, arguments) if not flagged else None,
         max_configurations=3,
         thorough=layout.name in THOROUGH and not flagged and grad_mask == "rounded",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qkernels.ops.small_cpu import SMALL
 from tests.modules import support as s
 
 every_case = pytest.mark.parametrize("case", list(s.CASES))
@@ -67,7 +68,7 @@ def test_version_counters_tell_autograd_of_the_update(case: str, device: torch.d
 def test_only_x_and_qparams_are_saved_for_backward(case: str, device: torch.device) -> None:
     """No mask: torch.ao keeps one byte per element beside x; here nothing as large as x but x itself."""
     mine, _ = s.make_case(case, device)
-    leaf = torch.randn(8, 512, device=device, requires_grad=True)
+    leaf = torch.randn(8, SMALL // 4, device=device, requires_grad=True)  # more than torch's operators serve
     x = leaf * 1  # not a leaf, so that saving it shows
     mine(x.detach())
     saved: list[torch.Tensor] = []

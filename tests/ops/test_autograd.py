@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import qkernels.ops as qops
+from qkernels.ops.small_cpu import SMALL
 from tests.oracles import (
     INTERPRETER,
     assert_bits_equal,
@@ -19,6 +20,8 @@ from tests.oracles import (
 from tests.strategies import KERNEL_DTYPES, LAYOUTS, QPARAMS, Layout, QParams, adversarial, dtype_id
 
 pytestmark = pytest.mark.interpreter
+
+LARGE = SMALL + 4  # elements for which torch's operator, which saves a mask, does not serve
 
 
 def qparams_for(x: torch.Tensor, axis: int | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +85,7 @@ def test_flag_is_honoured_in_backward(axis: int | None, enabled_value: int, devi
 
 def test_flag_toggled_before_backward_raises(device: torch.device) -> None:
     """The flag is an input of the backward. Changing it in between is an error, never a silently wrong gradient."""
-    x = torch.randn(5, device=device, requires_grad=True)
+    x = torch.randn(LARGE, device=device, requires_grad=True)
     flag = torch.ones(1, dtype=torch.uint8, device=device)
     y = qops.fake_quantize(x, *QPARAMS[0].tensors(device), -128, 127, None, flag)
     flag.zero_()
@@ -92,12 +95,24 @@ def test_flag_toggled_before_backward_raises(device: torch.device) -> None:
 
 @pytest.mark.parametrize("which", ["scale", "zero_point"])
 def test_qparams_changed_before_backward_raise(which: str, device: torch.device) -> None:
-    x = torch.randn(5, device=device, requires_grad=True)
+    x = torch.randn(LARGE, device=device, requires_grad=True)
     scale, zero_point = QPARAMS[0].tensors(device)
     y = qops.fake_quantize(x, scale, zero_point, -128, 127)
     {"scale": scale, "zero_point": zero_point}[which].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.skipif(INTERPRETER, reason="with the interpreter the kernels serve, whatever the size")
+def test_of_small_cpu_tensors_a_mask_is_saved() -> None:
+    """The gradient is that of the forward, whatever changes after."""
+    x = torch.tensor([-9.0, 0.2, 9.0], requires_grad=True)
+    scale, zero_point, flag = torch.tensor([0.05]), torch.tensor([3], dtype=torch.int32), torch.ones(1).byte()
+    y = qops.fake_quantize(x, scale, zero_point, -128, 127, None, flag)
+    for tensor in (scale, zero_point, flag):
+        tensor.zero_()
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx.tolist() == [0.0, 1.0, 0.0]
 
 
 def test_observing_between_forward_and_backward_is_safe(device: torch.device) -> None:
@@ -115,13 +130,13 @@ def test_observing_between_forward_and_backward_is_safe(device: torch.device) ->
 
 @pytest.mark.parametrize("axis", [None, 0], ids=str)
 def test_double_backward_raises(axis: int | None, device: torch.device) -> None:
-    x = torch.randn(3, 4, device=device, requires_grad=True)
+    x = torch.randn(4, LARGE // 4, device=device, requires_grad=True)
     y = qops.fake_quantize(x, *qparams_for(x, axis, device), -128, 127, axis)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="fake_quantize_backward"):
         torch.autograd.grad(dx.sum(), x)
     # and from the operator used directly
-    dy = torch.ones(3, 4, device=device, requires_grad=True)
+    dy = torch.ones_like(x, requires_grad=True)
     dx = qops.fake_quantize_backward(dy, x.detach(), *qparams_for(x, axis, device), -128, 127, axis)
     with pytest.raises((NotImplementedError, RuntimeError), match="fake_quantize_backward"):
         dx.sum().backward()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qkernels.ops as qops
-from qkernels.ops.fake_quant_cpu import SMALL_LEARNABLE, learnable_fake_quantize_by_torch
+from qkernels.ops.small_cpu import SMALL, learnable_fake_quantize_by_torch
 from tests.ops.learnable_checks import gradient_for
 from tests.oracles import INTERPRETER
 from tests.oracles_learnable import assert_learnable, reference_learnable
@@ -49,7 +49,7 @@ SERVED = {
     "flags": ((X, SCALE, ZERO, -8, 7), {"enabled": flag(1), "learning": flag(1)}),
     "grad_elements": ((X, SCALES, ZEROS, -8, 7), {"axis": 0, "grad_elements": "channel"}),
     "grad_factor": ((X, SCALE, ZERO, -8, 7), {"grad_factor": 0.37}),
-    "largest": ((torch.linspace(-3, 3, SMALL_LEARNABLE), SCALE, ZERO, -8, 7), {}),
+    "largest": ((torch.linspace(-3, 3, SMALL), SCALE, ZERO, -8, 7), {}),
 }
 
 NOT_SERVED = {
@@ -78,7 +78,7 @@ NOT_SERVED = {
     "transposed": ((X.transpose(0, 2), SCALE, ZERO, -8, 7), {}),
     "negative axis": ((X, SCALES, ZEROS, -8, 7), {"axis": -3}),
     "0-dimensional scale": ((X, SCALE[0], ZERO[0], -8, 7), {}),
-    "larger": ((torch.linspace(-3, 3, SMALL_LEARNABLE + 1), SCALE, ZERO, -8, 7), {}),
+    "larger": ((torch.linspace(-3, 3, SMALL + 1), SCALE, ZERO, -8, 7), {}),
 }
 
 

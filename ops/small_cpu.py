@@ -1,0 +1,206 @@
+"""Small CPU tensors, eager: torch's own operators, with their autograd in C++, where they give the contract's numbers.
+
+torch's CPU operators are scalar code, but one call. Up to 16 Ki elements that is less than vector passes and an
+autograd.Function in Python take: forward and backward of 64 x 16 elements 37 us against 62 (one thread, torch 2.13).
+
+The functions take unchecked arguments that `runs_directly`. They give None where torch's operator would give other
+numbers, or raise: then the usual way is right, or says what is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from qkernels.launch import mark_written
+from qkernels.ops.checks import FLAG_DTYPES
+from qkernels.ops.compositions import EXACT_BOUND, gradient_factor
+from qkernels.ops.qparams_rules import SMALL_SCALE
+
+Tensor = torch.Tensor
+
+SMALL = 1 << 14  # elements
+CODE_LIMIT = 2.0**62  # torch's operators convert codes to int64
+
+
+def _is_on(flag: Tensor | None) -> bool:
+    """Whether this, unchecked, is a flag and on, or None."""
+    return flag is None or (flag.is_cpu and flag.numel() == 1 and flag.dtype in FLAG_DTYPES and flag.item() != 0)
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether x is one of those that torch's operators are faster for."""
+    return 0 < x.numel() <= SMALL and x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
+
+
+def _codes_fit(x: Tensor, step: float) -> bool:
+    """Whether x holds neither NaN nor infinity, and every code of x in steps of `step` is an int64."""
+    low, high = torch.aminmax(x.detach())
+    return step > 1e-37 and max(-low.item(), high.item()) < CODE_LIMIT * step
+
+
+def _smallest(values: Tensor) -> float:
+    """Smallest of one or more values; NaN if any is."""
+    return (values if values.numel() == 1 else torch.min(values)).item()
+
+
+def _not_finite(value: float) -> bool:
+    return not math.isfinite(value)
+
+
+def exact_for_torch(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> bool:
+    """Whether torch's learnable operators give our y and, but for a negative zero point per tensor, our gradients.
+
+    In float32, without NaN, with every code of x an int64. Per channel torch adds the zero point before it rounds, so
+    that it has to be 0; per tensor its backward rounds half up, and its forward half to even.
+    """
+    if not x.dtype == scale.dtype == zero_point.dtype == torch.float32:
+        return False
+    if axis is None:
+        step, code = scale.item(), zero_point.item()
+        if not abs(code) < EXACT_BOUND or abs(code - round(code)) > 0.49:
+            return False
+    else:
+        step = _smallest(scale)
+        if zero_point.any():
+            return False
+    return _codes_fit(x, step)
+
+
+def learnable_fake_quantize_by_torch(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+    axis: int | None,
+    enabled: Tensor | None,
+    grad_mask: str,
+    learning: Tensor | None,
+    grad_elements: str | None,
+) -> Tensor | None:
+    """learnable_fake_quantize with torch's autograd."""
+    if not (
+        _is_small(x)
+        and scale.is_cpu
+        and zero_point.is_cpu
+        and grad_mask == "rounded"
+        and -EXACT_BOUND <= quant_min <= quant_max <= EXACT_BOUND
+        and _is_on(enabled)
+        and _is_on(learning)
+    ):
+        return None
+    if axis is None:
+        if not scale.shape == zero_point.shape == (1,) or not zero_point.item() >= 0:
+            return None
+    elif not (0 <= axis < x.ndim and scale.shape == zero_point.shape == (x.shape[axis],)):
+        return None
+    if (grad_elements is not None and quant_max < 1) or not exact_for_torch(x, scale, zero_point, axis):
+        return None
+    factor = gradient_factor(x, quant_max, grad_factor, axis, grad_elements)
+    if axis is None:
+        y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, quant_min, quant_max, factor)
+    else:
+        y = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max, factor)
+    return y
+
+
+def fake_quantize_by_torch(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    enabled: Tensor | None,
+) -> Tensor | None:
+    """fake_quantize with torch's autograd, which saves a mask."""
+    if not (
+        _is_small(x)
+        and scale.is_cpu
+        and zero_point.is_cpu
+        and scale.dtype == torch.float32
+        and zero_point.dtype == torch.int32
+        and -EXACT_BOUND <= quant_min <= quant_max <= EXACT_BOUND
+        and _is_on(enabled)
+    ):
+        return None
+    if axis is None:
+        if scale.shape == zero_point.shape == (1,) and _codes_fit(x, scale.item()):
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+        return None
+    if not (0 <= axis < x.ndim and scale.shape == zero_point.shape == (x.shape[axis],)):
+        return None
+    low, high = torch.aminmax(zero_point)
+    if quant_min <= low.item() and high.item() <= quant_max and _codes_fit(x, _smallest(scale)):
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max)
+    return None
+
+
+def fused_fake_quantize_by_torch(
+    x: Tensor,
+    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    observer_enabled: Tensor,
+    fake_quant_enabled: Tensor,
+    averaging_constant: float,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    symmetric: bool,
+) -> Tensor | None:
+    """The whole step of torch.fused_moving_avg_obs_fake_quant, the rules "fused_*".
+
+    Args:
+        x: the batch.
+        state: min_val, max_val, scale and zero point, written in place.
+        observer_enabled: flag.
+        fake_quant_enabled: flag.
+        averaging_constant: weight of the batch.
+        quant_min: smallest code.
+        quant_max: largest code.
+        axis: channel axis, or None.
+        symmetric: whether the rule is "fused_symmetric".
+    """
+    min_val, max_val, scale, zero_point = state
+    if not (
+        _is_small(x)
+        and x.ndim > 0
+        and _is_on(fake_quant_enabled)
+        and observer_enabled.is_cpu
+        and -EXACT_BOUND <= quant_min < quant_max <= EXACT_BOUND
+        and min_val.dtype == max_val.dtype == scale.dtype == torch.float32
+        and zero_point.dtype == torch.int32
+        and scale.is_cpu
+    ):
+        return None
+    channels = 1
+    if axis is not None:
+        if axis not in (0, -x.ndim):  # the only one that it takes
+            return None
+        channels = x.shape[0]
+    if any(t.numel() != channels for t in state):
+        return None
+    refused = math.isnan if observer_enabled.item() else _not_finite  # infinities come before the first batch
+    if refused(_smallest(min_val)) or refused(_smallest(max_val)):
+        return None
+    if not _codes_fit(x, SMALL_SCALE):  # it chooses no smaller scale
+        return None
+    y = torch.fused_moving_avg_obs_fake_quant(
+        x,
+        observer_enabled,
+        fake_quant_enabled,
+        min_val,
+        max_val,
+        scale,
+        zero_point,
+        averaging_constant,
+        quant_min,
+        quant_max,
+        0,
+        axis is not None,
+        symmetric,
+    )
+    mark_written(*state)  # it writes through raw pointers
+    return y
