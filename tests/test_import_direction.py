@@ -15,7 +15,7 @@ LEVELS = ("autotune", "qkernels", "ops", "modules")
 # Loaded only inside functions, on the first CUDA tensor, so that a machine without Triton can use the CPU path.
 LAZY = ("triton",)
 # Third-party packages that `ops` and `modules` may import at module level.
-THIRD_PARTY = ("torch",)
+THIRD_PARTY = ("torch", "numpy")  # torch imports numpy itself
 STANDARD_LIBRARY = sys.stdlib_module_names
 
 
@@ -77,7 +77,7 @@ def violations(source: str, folder: str, package: str) -> list[str]:
             found.append(f"{folder} imports {name} at module level")
         elif top not in THIRD_PARTY and top not in STANDARD_LIBRARY and top != "qkernels":
             found.append(
-                f"{folder} imports {name} at module level: only torch, the standard library and qkernels may be"
+                f"{folder} imports {name} at module level: only torch, numpy, the standard library and qkernels may be"
             )
     return found
 
