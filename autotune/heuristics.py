@@ -1,57 +1,23 @@
 """Heuristic launch configurations: pure functions of extents, element size and device, no timing, no compilation.
 
+Launchers call the functions of the same names in `qkernels.autotune.lookup`, which ask here where nothing is tuned.
+
 The thresholds come from arithmetic (registers per thread, CTAs per SM, bytes in flight) and from reading compiled
 code for sm_90; none has been tuned on a GPU yet.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
+from qkernels.autotune.config import FlatConfig, TiledConfig
+
 DEFAULT_MULTIPROCESSORS = 132  # H100 and H200; used where there is no CUDA device to ask
 MAX_PARTIALS = 1024  # partials the finishing program of a flat reduction loads per step
 MAX_SHARED_GROUPS = 1024  # counters a tiled reduction may need: one per group of channels that programs share
-
-
-@dataclass(frozen=True)
-class FlatConfig:
-    """Launch of a kernel over n consecutive elements.
-
-    Attributes:
-        block: elements per tile, a power of two.
-        num_warps: warps per program.
-        programs: size of the grid; for reductions at most what the device holds at once.
-        block_parts: partials combined per step by the finishing program of a reduction.
-    """
-
-    block: int
-    num_warps: int
-    programs: int = 0
-    block_parts: int = 1
-
-
-@dataclass(frozen=True)
-class TiledConfig:
-    """Launch of a kernel over tiles (rows, lanes) per channel, or per block of channels.
-
-    Attributes:
-        groups: channels, or blocks of channels when the channel is innermost.
-        parts: programs that share the tiles of one group.
-        block_rows: rows per tile.
-        block_lanes: run elements (or channels) per tile.
-        num_warps: warps per program.
-        block_parts: parts combined per step by the finishing program of a reduction.
-    """
-
-    groups: int
-    parts: int
-    block_rows: int
-    block_lanes: int
-    num_warps: int
-    block_parts: int = 1
 
 
 @lru_cache(maxsize=16)
@@ -133,8 +99,12 @@ def tiled_reduction(
     config = _with_parts(config, n_rows, run, channel_innermost, min(4 * multiprocessors(device), MAX_SHARED_GROUPS))
     if config.parts == 1:
         return config
-    # Enough partials per step to hide a load's latency, few enough for the registers.
-    return replace(config, block_parts=max(1024 // config.block_lanes, 1) if channel_innermost else 128)
+    return replace(config, block_parts=finishing_block(config.block_lanes, channel_innermost))
+
+
+def finishing_block(block_lanes: int, channel_innermost: bool) -> int:
+    """Parts per step of a finishing program: enough to hide a load's latency, few enough for the registers."""
+    return max(1024 // block_lanes, 1) if channel_innermost else 128
 
 
 @lru_cache(maxsize=1024)

@@ -21,6 +21,7 @@ from qkernels.ops.fake_quant_autograd import (
     FakeQuantizeForTransforms,
     register_autograd,
     transforms_active,
+    wants_gradient,
 )
 from qkernels.ops.fake_quant_cpu import fake_quantize_backward_cpu, fake_quantize_cpu
 from qkernels.ops.registration import decompose, implementations, register, runs_directly
@@ -254,7 +255,7 @@ def fake_quantize(
         if not INTERPRETED and (y := fake_quantize_by_torch(*arguments)) is not None:
             return y
         calls = _DIRECT[x.device.type]
-        if torch.is_grad_enabled() and x.requires_grad:
+        if wants_gradient(x):
             return FakeQuantize.apply(calls, *arguments)
         return calls.forward(*arguments)
     if transforms_active():
@@ -292,6 +293,9 @@ def fake_quantize_backward(
         ValueError: an argument has the wrong shape, value or device.
         NotImplementedError: the result is differentiated again.
     """
+    arguments = (dy, x, scale, zero_point, quant_min, quant_max, axis, enabled)
+    if runs_directly(dy, x, scale, zero_point) and x.device.type in _DIRECT and not wants_gradient(dy, x):
+        return _DIRECT[x.device.type].backward(*arguments)
     if transforms_active():
-        return FakeQuantizeBackwardForTransforms.apply(dy, x, scale, zero_point, quant_min, quant_max, axis, enabled)
-    return _fake_quantize_backward_op(dy, x, scale, zero_point, quant_min, quant_max, axis, enabled)
+        return FakeQuantizeBackwardForTransforms.apply(*arguments)
+    return _fake_quantize_backward_op(*arguments)

@@ -21,6 +21,11 @@ def transforms_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd is to record an operation on these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, zero_point, *ctx.bounds_and_axis, enabled = inputs
     ctx.save_for_backward(x, scale, zero_point, enabled)

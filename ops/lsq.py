@@ -15,7 +15,7 @@ from qkernels.ops.compositions import (
     learnable_fake_quantize_backward_composition,
     learnable_fake_quantize_composition,
 )
-from qkernels.ops.fake_quant_autograd import Calls, transforms_active
+from qkernels.ops.fake_quant_autograd import Calls, transforms_active, wants_gradient
 from qkernels.ops.fake_quant_cpu import learnable_fake_quantize_cpu
 from qkernels.ops.lsq_autograd import (
     LearnableFakeQuantize,
@@ -260,7 +260,7 @@ def learnable_fake_quantize(
             return y
         checked = _check("learnable_fake_quantize", *arguments)
         calls = _DIRECT[x.device.type]
-        if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
+        if wants_gradient(x, scale, zero_point):
             return LearnableFakeQuantize.apply(calls, x, scale, zero_point, checked[3:])
         return calls.forward(*checked)
     if transforms_active():
@@ -309,6 +309,10 @@ def learnable_fake_quantize_backward(
     """
     arguments = (dy, x, scale, zero_point, quant_min, quant_max, grad_factor, axis, enabled, grad_mask, learning,
                  grad_elements)  # fmt: skip
+    tensors = (dy, x, scale, zero_point)
+    if runs_directly(*tensors) and x.device.type in _DIRECT and not wants_gradient(*tensors):
+        checked = _check_backward(*arguments)
+        return _DIRECT[x.device.type].backward(dy, *checked)
     if transforms_active():
         return LearnableFakeQuantizeBackwardForTransforms.apply(*arguments)
     return _backward_op(*arguments)

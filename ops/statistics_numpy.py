@@ -49,7 +49,9 @@ def _ordinary(low: Values, high: Values) -> bool:
     return bool(-_LIMIT <= low <= high <= _LIMIT)
 
 
-def _folded(low: Values, high: Values, old_low: Values, old_high: Values, averaging_constant: float | None) -> Any:
+def _folded(
+    low: Values, high: Values, old_low: Values, old_high: Values, averaging_constant: float | None
+) -> tuple[Values, Values] | None:
     """Running (min, max) after a batch; None for a moving average of anything but ordinary values."""
     if averaging_constant is None:
         return np.minimum(low, old_low), np.maximum(high, old_high)
@@ -87,7 +89,7 @@ def observe(batch: tuple[Tensor, Tensor], min_val: Tensor, max_val: Tensor, aver
     """Fold a batch's (min, max) into running statistics; whether that was done."""
     if not _applies(*batch, min_val, max_val):
         return False
-    running = _folded(*map(_load, batch), _load(min_val), _load(max_val), averaging_constant)
+    running = _folded(_load(batch[0]), _load(batch[1]), _load(min_val), _load(max_val), averaging_constant)
     if running is None:
         return False
     _store(min_val, running[0])
@@ -109,14 +111,15 @@ def update(
     min_val, max_val, scale, zero_point = state
     if not (_applies(*batch, *state[:3]) and zero_point.dtype in _INTEGERS and _fits(quant_min, quant_max)):
         return False
-    running = _folded(*map(_load, batch), _load(min_val), _load(max_val), averaging_constant)
+    running = _folded(_load(batch[0]), _load(batch[1]), _load(min_val), _load(max_val), averaging_constant)
     if running is None or not _ordinary(*running):
         return False
-    chosen = _rule(*running, quant_min, quant_max, rule, symmetric_zero_point, eps)
+    low, high = running
+    chosen = _rule(low, high, quant_min, quant_max, rule, symmetric_zero_point, eps)
     if chosen is None:
         return False
-    _store(min_val, running[0])
-    _store(max_val, running[1])
+    _store(min_val, low)
+    _store(max_val, high)
     _store(scale, chosen[0])
     _store(zero_point, chosen[1])
     return True

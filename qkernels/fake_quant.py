@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qkernels.autotune.heuristics import flat_elementwise, tiled_elementwise
+from qkernels.autotune.lookup import flat_elementwise, tiled_elementwise
 from qkernels.device_math import clamp_to_low, fma, gate, is_on, learned_zero_point, rint, round_to, row_offset
 from qkernels.launch import launch
 from qkernels.layout import Channels, Flat, plan
@@ -241,7 +241,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, t
 
 
 def _launch_flat(layout: Flat, tensors: Tensors, bounds: tuple[float, float], zero_point: str) -> None:
-    config = flat_elementwise(tensors[0].element_size())
+    config = flat_elementwise(tensors[0].element_size(), tensors[0].device)
     launch(
         _fake_quant_flat_kernel,
         (triton.cdiv(layout.n, config.block),),

@@ -10,7 +10,8 @@
 The forward is that of `qkernels.fake_quant` with a learned zero point. A NaN code, of a NaN in x or of a scale whose
 reciprocal overflows, adds nothing.
 
-Sums are deterministic: which program adds which elements, and in which order, is fixed by the shape and the device. A
+Sums are deterministic: which program adds which elements, and in which order, is fixed by the shape, the device and the
+launch configuration. A
 program adds up in float32 with the rounding errors kept beside (Knuth's TwoSum), then in float64, so that the result is
 within 1e-6 of the sum of |terms| for any number of elements. If several programs share a group of channels, their
 partials are added by a second, tiny launch; with one program per group, as for most weights, there is none.
@@ -27,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qkernels.autotune.heuristics import flat_accumulation, tiled_accumulation
+from qkernels.autotune.lookup import flat_accumulation, tiled_accumulation
 from qkernels.device_math import clamp_to_low, fma, gate, is_on, learned_zero_point, rint, round_to, row_offset
 from qkernels.launch import launch
 from qkernels.layout import Channels, Flat, plan

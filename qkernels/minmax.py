@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qkernels.autotune.heuristics import flat_reduction, tiled_reduction
+from qkernels.autotune.lookup import flat_reduction, tiled_reduction
 from qkernels.device_math import is_on, max_nan, min_nan, row_offset
 from qkernels.launch import launch
 from qkernels.layout import Channels, Flat, plan

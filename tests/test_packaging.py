@@ -99,6 +99,7 @@ def test_wheel_holds_the_packages_and_nothing_stale(tmp_path: Path) -> None:
 
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"qkernels/py.typed"}
+    expected |= {f"qkernels/autotune/tables/{table.name}" for table in (ROOT / "autotune" / "tables").glob("*.json")}
     for package, folder in PACKAGE_FOLDERS.items():
         for source in (ROOT / folder).rglob("*.py"):
             expected.add(f"{package.replace('.', '/')}/{source.relative_to(ROOT / folder).as_posix()}")

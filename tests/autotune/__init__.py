@@ -1,0 +1,1 @@
+"""Tests of qkernels.autotune without a GPU: machine, compiler and timer are played."""
