@@ -129,7 +129,10 @@ def _observe(layout: Layout, averaging_constant: float | None) -> KernelCase:
 def _update(layout: Layout, rule: str) -> KernelCase:
     def arguments(x: torch.Tensor) -> Arguments:
         channels = layout.channels(x)
-        kept = {"scale": torch.ones(channels), "zero_point": torch.zeros(channels, dtype=torch.int32)}
+        kept = {
+            "scale": torch.ones(channels, device=x.device),
+            "zero_point": torch.zeros(channels, dtype=torch.int32, device=x.device),
+        }
         return {**_state(x, channels), **kept}
 
     def run(
