@@ -8,6 +8,7 @@ and four times slower at one element, where each pass costs a microsecond of dis
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from qkernels.ops.compositions import (
 Tensor = torch.Tensor
 
 SMALL = 1024  # elements up to which torch's own operator is faster
+BLOCK = 1 << 17  # elements of which a pass stays in the second-level cache
 
 
 def _with_strides_of(like: Tensor, values: Tensor) -> Tensor:
@@ -41,9 +43,9 @@ def _is_degenerate(inverse: Tensor) -> bool:
     return not (smallest > 0 and largest < math.inf)
 
 
-def _steps(x: Tensor, inverse: Any) -> Tensor:
-    """rint(x * inverse) in a new float32 tensor with the strides of torch.empty_like(x)."""
-    steps = torch.empty_like(x, dtype=torch.float32)
+def _steps(x: Tensor, inverse: Any, out: Tensor | None = None) -> Tensor:
+    """rint(x * inverse) in a float32 tensor: `out`, or a new one with the strides of torch.empty_like(x)."""
+    steps = torch.empty_like(x, dtype=torch.float32) if out is None else out
     if x.dtype == torch.float32:
         torch.mul(x, inverse, out=steps)
     else:
@@ -51,9 +53,11 @@ def _steps(x: Tensor, inverse: Any) -> Tensor:
     return steps.round_()
 
 
-def _codes(x: Tensor, inverse: Any, zero_point: Any) -> Tensor:
-    """rint(x * inverse) + zero_point in a new float32 tensor with the strides of torch.empty_like(x)."""
-    return _steps(x, inverse).add_(zero_point)
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, of one shape, in blocks whose temporaries stay in the cache; whole if they are small or strided."""
+    if tensors[0].numel() <= 4 * BLOCK or not all(t.is_contiguous() for t in tensors):
+        return iter([tensors])
+    return zip(*(t.view(-1).split(BLOCK) for t in tensors), strict=True)
 
 
 def is_off(enabled: Tensor | None) -> bool:
@@ -125,10 +129,18 @@ def fake_quantize_cpu(
 def _by_passes(x: Tensor, scale: Any, inverse: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
     """y for a zero point of integers; the three qparams are numbers or broadcast against x."""
     if isinstance(scale, Tensor):  # ATen's clamp to tensors is slow
-        return _codes(x, inverse, zero_point).clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale).to(x.dtype)
-    # The bounds are moved instead of the codes, exactly. 0 + scale * step rounds like the product and gives no -0.0.
-    steps = _steps(x, inverse).clamp_(quant_min - zero_point, quant_max - zero_point)
-    return torch.add(steps.new_zeros(()), steps, alpha=scale, out=steps).to(x.dtype)
+        codes = _steps(x, inverse).add_(zero_point).clamp_(quant_min, quant_max)
+        return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+    y = torch.empty_like(x)
+    for block, result in _blocks(x, y):
+        steps = _steps(block, inverse, result if x.dtype == torch.float32 else None)
+        # The bounds are moved instead of the codes, exactly.
+        steps.clamp_(quant_min - zero_point, quant_max - zero_point)
+        # 0 + scale * step rounds like the product, and gives no -0.0.
+        torch.add(steps.new_zeros(()), steps, alpha=scale, out=steps)
+        if steps is not result:
+            result.copy_(steps)
+    return y
 
 
 def learnable_fake_quantize_cpu(
@@ -199,5 +211,15 @@ def fake_quantize_backward_cpu(
     # two masks and cost three times as much. Exact: within +-2**23 float32 holds halves. A NaN is within no distance.
     shape = channel_shape(x, axis)
     offset = zero_point.to(torch.int32).reshape(shape) - (quant_min + quant_max) / 2
-    inside = _codes(x, 1.0 / scale.float().reshape(shape), offset).abs_().le_((quant_max - quant_min) / 2)
-    return inside.mul_(dy).to(x.dtype)
+    inverse = 1.0 / scale.float().reshape(shape)
+    if axis is not None:
+        inside = _steps(x, inverse).add_(offset).abs_().le_((quant_max - quant_min) / 2)
+        return inside.mul_(dy).to(x.dtype)
+    dx = torch.empty_like(x)
+    for block, dy_block, result in _blocks(x, dy, dx):
+        steps = _steps(block, inverse, result if x.dtype == torch.float32 else None)
+        inside = steps.add_(offset).abs_().le_((quant_max - quant_min) / 2)
+        torch.mul(inside, dy_block, out=inside)
+        if inside is not result:
+            result.copy_(inside)
+    return dx

@@ -197,3 +197,25 @@ def test_ordinary_statistics_go_through_numpy() -> None:
     batch = (torch.tensor(-2.0), torch.tensor(3.0))
     assert statistics_numpy.update(batch, state, -8, 7, "affine", 0, None, 0.5)
     assert [t.item() for t in state[:2]] == [-1.5, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("learned", [False, True])
+def test_large_cpu_tensors_are_cut_into_blocks(
+    learned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five blocks and a ragged one give what one pass over the whole gives."""
+    x, dy = (torch.randn(5003, generator=torch.Generator().manual_seed(seed)).mul(5).to(dtype) for seed in (0, 1))
+    x[::97] = math.nan
+    zero_point = torch.tensor([3.0]) if learned else ZERO
+    name = "learnable_fake_quantize" if learned else "fake_quantize"
+    forward, backward = (getattr(torch.ops.qkernels, end).default for end in (name, f"{name}_backward"))
+    arguments = (x, SCALE, zero_point, -8, 7)
+    whole = forward(*arguments), backward(dy, *arguments)
+    monkeypatch.setattr("qkernels.ops.fake_quant_cpu.BLOCK", 1000)
+    cut = forward(*arguments), backward(dy, *arguments)
+    assert_bits_equal(cut[0], whole[0])
+    for one, other in zip(
+        torch.utils._pytree.tree_leaves(cut[1]), torch.utils._pytree.tree_leaves(whole[1]), strict=True
+    ):
+        assert_bits_equal(one, other)
