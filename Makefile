@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --timeout 400 --timeout-method 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-interpreter test-ordinary check lint types imports bench wheel gpu clean
+.PHONY: help demo test test-interpreter test-ordinary check lint types imports bench report wheel gpu clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,13 +53,17 @@ types: $(STAMP)
 imports: $(STAMP)
 	$(PY) -m pytest -q tests/test_import_direction.py
 
-bench: $(STAMP) ## time every operator and module against torch's own (BENCH_ARGS=--quick for a glance)
+bench: $(STAMP) ## time every operator and module against torch's own (BENCH_ARGS=--quick for a glance, '--suite full' for everything)
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+report: $(STAMP) ## README, docs/benchmarks.md and plots from the JSON in benchmarks/results
+	$(PY) -m benchmarks.plots
+	$(PY) -m benchmarks.readme
 
 wheel: $(STAMP) ## build dist/*.whl, by way of an sdist so that no stale build/lib is packed
 	$(PY) -m build --no-isolation --outdir dist .
 
-gpu: ## tests and benchmarks on this machine's GPU, no network: make gpu OUT=dir
+gpu: ## checks, tests, benchmarks and tuning on this machine's GPU, in ten minutes: make gpu OUT=dir
 	@OUT='$(OUT)' .ci/gpu
 
 clean: ## remove what these commands made, .venv too

@@ -1,6 +1,7 @@
 """The correctness gate: nothing is timed that computes something else.
 
-On the CPU, ours must give torch's bits. On a GPU the contract is what ours gives on the CPU, and ours must give its
+On the CPU, ours must give torch's bits, and those of torchao's modules; what compiled or third-party code gives is
+reported, since it may round differently. On a GPU the contract is what ours gives on the CPU, and ours must give its
 bits there: torch's CUDA kernels may contract a product and a sum into one rounding, so where they disagree with the
 contract that is a finding about them, reported and timed all the same.
 """
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OURS, Bench
+from benchmarks.cases import JUDGES, Bench
+from benchmarks.peers import OURS
 
 
 class Difference(NamedTuple):
@@ -30,7 +32,7 @@ class WithinBound(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """`wrong`: what keeps the case from being timed. `peers_differ`: peers that do not keep the contract, on a GPU."""
+    """`wrong`: what keeps the case from being timed. `peers_differ`: peers that do not keep the contract, reported."""
 
     wrong: list[str]
     peers_differ: dict[str, list[Difference]]
@@ -62,10 +64,12 @@ def differences(ours: object, theirs: object) -> list[Difference]:
 
 
 def against_peers(bench: Bench, x: Tensor, names: list[str]) -> Verdict:
-    """The gate of the CPU: ours against every peer among `names`."""
+    """The gate of the CPU: ours against every peer among `names`. Those that are no judges may differ."""
     peers = [name for name in names if name != OURS]
     ours = bench.results(OURS, x) if peers else None
-    return Verdict([d.text for name in peers for d in differences(ours, bench.results(name, x))], {})
+    found = {name: differences(ours, bench.results(name, x)) for name in peers}
+    wrong = [difference.text for name in peers if name in JUDGES for difference in found[name]]
+    return Verdict(wrong, {name: found[name] for name in peers if found[name] and name not in JUDGES})
 
 
 def against_contract(bench: Bench, contract: Bench, x: Tensor, names: list[str]) -> Verdict:

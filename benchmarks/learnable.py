@@ -12,10 +12,11 @@ from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantiz
 
 import qkernels.modules
 import qkernels.ops
-from benchmarks import inputs
-from benchmarks.cases import OURS, TORCH, Bench, Builder, case
+from benchmarks import inputs, plain
+from benchmarks.cases import Bench, Builder, Impl, case
 from benchmarks.gate import WithinBound
-from benchmarks.inputs import ACTIVATIONS, CONV_WEIGHTS, SMALL, both_dtypes
+from benchmarks.inputs import ACTIVATIONS, CONV_WEIGHTS, SMALL
+from benchmarks.peers import COMPILED, OURS, TORCH, compiled
 
 LOW, HIGH = -128, 127
 
@@ -65,21 +66,36 @@ def learnable_along(axis: int | None) -> Builder:
                 y = torch._fake_quantize_learnable_per_channel_affine(*all_leaves, axis % x.ndim, LOW, HIGH, 1.0)
             return gradient_step(y, all_leaves, dy)
 
-        impls = {OURS: ours, TORCH: torchs}
-        return Bench(impls, lambda name, x: sums_within_bound(impls[name](x, x), x, x, leaves(x)[1], axis))
+        whole = compiled(
+            lambda x, scale, zero_point: plain.learnable_fake_quantize(x, scale, zero_point, LOW, HIGH, axis)
+        )
+
+        def of_inductor(x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+            all_leaves = leaves(x)
+            return gradient_step(whole(*all_leaves), all_leaves, dy)
+
+        steps = {OURS: ours, TORCH: torchs, COMPILED: of_inductor}
+        impls: dict[str, Impl] = {**steps}
+        return Bench(impls, lambda name, x: sums_within_bound(steps[name](x, x), x, x, leaves(x)[1], axis))
 
     return build
 
 
-case("learnable_fake_quantize fwd+bwd", passes=5)(learnable_along(None))
-case("learnable_fake_quantize axis=0 fwd+bwd", passes=5, shapes=(SMALL, CONV_WEIGHTS), cuda=inputs.WEIGHTS)(
-    learnable_along(0)
-)
+_PEERS = (TORCH, COMPILED)
+case("learnable_fake_quantize fwd+bwd", passes=5, peers=_PEERS)(learnable_along(None))
+case(
+    "learnable_fake_quantize axis=0 fwd+bwd",
+    passes=5,
+    shapes=(SMALL, CONV_WEIGHTS),
+    granularity=inputs.AXIS_0,
+    peers=_PEERS,
+)(learnable_along(0))
 case(
     "learnable_fake_quantize axis=1 fwd+bwd",
     passes=5,
     shapes=(ACTIVATIONS,),
-    cuda=inputs.SECOND_AXIS + both_dtypes(inputs.LLM_LINEAR),
+    granularity=inputs.AXIS_1_AND_LINEAR,
+    peers=_PEERS,
 )(learnable_along(1))
 
 
@@ -109,9 +125,9 @@ def module_bench(per_channel: bool) -> Builder:
     """The module in the stage that lasts: learning."""
 
     def build(device: torch.device) -> Bench:
-        modules: dict[tuple[str, int], nn.Module] = {}
+        modules: dict[tuple[str, int], Any] = {}
 
-        def of(name: str, x: Tensor) -> nn.Module:
+        def of(name: str, x: Tensor) -> Any:
             key = (name, x.shape[0] if per_channel else -1)
             if key not in modules:
                 modules[key] = learning_module(name, key[1], device)
@@ -129,7 +145,11 @@ def module_bench(per_channel: bool) -> Builder:
     return build
 
 
-case("LearnableFakeQuantize learning step", passes=5)(module_bench(per_channel=False))
-case("LearnableFakeQuantize per channel learning step", passes=5, shapes=(CONV_WEIGHTS,), cuda=inputs.WEIGHTS)(
-    module_bench(per_channel=True)
-)
+case("LearnableFakeQuantize learning step", suite="modules", passes=5)(module_bench(per_channel=False))
+case(
+    "LearnableFakeQuantize per channel learning step",
+    suite="modules",
+    passes=5,
+    shapes=(CONV_WEIGHTS,),
+    granularity=inputs.AXIS_0,
+)(module_bench(per_channel=True))

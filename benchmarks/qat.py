@@ -1,20 +1,21 @@
 """A whole QAT step with learned step sizes, `python -m benchmarks.qat`: forward, loss, backward, SGD with momentum.
 
-Five ways from one state: the float model eager and compiled, torch.ao's `_LearnableFakeQuantize` eager and compiled as
-far as it goes (its modules break the graph), ours eager and compiled whole. Implementations take turns, step by step.
+The ways start from one state: the float model eager and compiled, torch.ao's `_LearnableFakeQuantize` eager and
+compiled as far as it goes (its modules break the graph), ours eager and compiled whole. On a GPU ours are also captured
+into a CUDA graph; torch.ao's read flags on the host, which a capture does not allow. Implementations take turns, step
+by step.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.ao.quantization as torch_ao
@@ -23,53 +24,61 @@ from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantiz
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import qkernels
-from benchmarks.report import environment
+from benchmarks import arguments, timer
+from benchmarks.gate import differences
+from benchmarks.models import LARGE_MODELS, MODELS, SMALL_MODELS, Made
+from benchmarks.report import environment, heading, write_json
+from benchmarks.timer import Timing
 
 Step = Callable[[], None]
+SUITE = "qat"
+EAGER, COMPILED, GRAPHED = "eager", "compiled", "CUDA graph"
+REFERENCE = f"qkernels, {COMPILED}"  # what times_ours of a way refers to
+EAGER_CALLS = (
+    "eager, every quantizer of ours is Python calls forward and backward where torch.ao's operator is C++, which "
+    "weighs where layers are small; compiled, the calls are gone"
+)
+SLOW_COMPILED = "the float model, too, is slower compiled than eager here"
+WORK_BESIDE_FLOAT = "a quantized model does the float model's work and quantizes every weight and activation besides"
 
 
-def _conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+@dataclass(frozen=True)
+class QATRow:
+    """One model.
+
+    Attributes:
+        model: its name.
+        milliseconds: median of a step, by way.
+        ratios: of the medians; above 1 ours is faster in the first two, slower in the third.
+        case: as in the other suites.
+        input: the batch's shape.
+        shape: the batch's shape.
+        dtype: the batch's dtype.
+        how: "wall time".
+        timings: microseconds of a step by way, and how many times longer it takes than ours compiled.
+        absent: ways that were not measured, with the reason.
+        why: where ours is slower, the reason.
+        wrong: what the gate found, and then nothing was timed.
+        suite: "qat".
+    """
+
+    model: str
+    milliseconds: dict[str, float]
+    ratios: dict[str, float]
+    case: str
+    input: str
+    shape: tuple[int, ...]
+    dtype: str
+    how: str
+    timings: dict[str, Timing]
+    absent: dict[str, str] = field(default_factory=dict)
+    why: str | None = None
+    suite: str = SUITE
+    wrong: list[str] = field(default_factory=list)
 
 
-def digits_cnn() -> tuple[nn.Module, Tensor]:
-    """Two convolutions on 64 images of 8 x 8: what the demo trains. Dispatch is most of its time."""
-    layers = [*_conv_bn_relu(1, 16), nn.MaxPool2d(2), *_conv_bn_relu(16, 32), nn.MaxPool2d(2), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10)), torch.randn(64, 1, 8, 8)
-
-
-def narrow_cnn() -> tuple[nn.Module, Tensor]:
-    """Four convolutions of 32 and 64 channels on 16 images of 32 x 32: elementwise work weighs as much as it can."""
-    layers = [*_conv_bn_relu(3, 32), *_conv_bn_relu(32, 32), *_conv_bn_relu(32, 64, 2), *_conv_bn_relu(64, 64)]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
-    return nn.Sequential(*layers, *head), torch.randn(16, 3, 32, 32)
-
-
-def wide_cnn() -> tuple[nn.Module, Tensor]:
-    """Three convolutions of 128 channels on 8 images of 28 x 28, as in a ResNet-50's middle: convolutions dominate."""
-    layers = [*_conv_bn_relu(3, 128), *_conv_bn_relu(128, 128), *_conv_bn_relu(128, 128)]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)]
-    return nn.Sequential(*layers, *head), torch.randn(8, 3, 28, 28)
-
-
-def without_batch_norm(make: Callable[[], tuple[nn.Module, Tensor]]) -> Callable[[], tuple[nn.Module, Tensor]]:
-    """The same model without batch norm, which torch.ao's QAT modules fold at the price of two more passes."""
-
-    def build() -> tuple[nn.Module, Tensor]:
-        model, x = make()
-        return nn.Sequential(*(layer for layer in model.children() if not isinstance(layer, nn.BatchNorm2d))), x
-
-    return build
-
-
-MODELS = {
-    "digits": digits_cnn,
-    "narrow": narrow_cnn,
-    "narrow, no batch norm": without_batch_norm(narrow_cnn),
-    "wide": wide_cnn,
-    "wide, no batch norm": without_batch_norm(wide_cnn),
-}
+class WrongResult(Exception):
+    """Ours computes something else than torch.ao's."""
 
 
 def quantized(model: nn.Module, x: Tensor) -> nn.Module:
@@ -79,6 +88,7 @@ def quantized(model: nn.Module, x: Tensor) -> nn.Module:
     weight = learnable.with_args(quant_min=-128, quant_max=127, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
     mapping = torch_ao.QConfigMapping().set_global(torch_ao.QConfig(activation=activation, weight=weight))
     prepared = prepare_qat_fx(copy.deepcopy(model).train(), mapping, (x,))
+    prepared.to(x.device)
     for _ in range(10):
         prepared(torch.randn_like(x))
     for module in prepared.modules():
@@ -87,8 +97,8 @@ def quantized(model: nn.Module, x: Tensor) -> nn.Module:
     return prepared
 
 
-def step_of(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Step:
-    """One training step, always on the same batch."""
+def _parts(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Step:
+    """One training step, always on the same batch, without waiting for the device."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     labels = torch.arange(len(x), device=x.device) % 10
 
@@ -97,76 +107,198 @@ def step_of(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) ->
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if x.is_cuda:
-            torch.cuda.synchronize()
 
     return step
 
 
-def variants(name: str, device: torch.device) -> dict[str, Step]:
-    """The five ways, each on a copy of its own, compiled and warmed up."""
+def waited_for(step: Step, x: Tensor) -> Step:
+    """The step until the device is done."""
+
+    def run() -> None:
+        step()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def step_of(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Step:
+    """One training step, until the device is done, warmed up, and so compiled if it is to be."""
+    run = waited_for(_parts(model, forward, x), x)
+    for _ in range(4):
+        run()
+    return run
+
+
+def graphed(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Step:
+    """The whole step as a CUDA graph.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    step = _parts(model, forward, x)
+    return waited_for(timer.capture(lambda x, dy: step(), [(x, x)]), x)
+
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def _made(way: str, source: nn.Module, x: Tensor, fullgraph: bool) -> tuple[nn.Module, Forward]:
+    own = copy.deepcopy(source)
+    torch._dynamo.reset()  # past its recompile limit Dynamo falls back to eager without a word
+    return own, own if way == EAGER else torch.compile(own, fullgraph=fullgraph)
+
+
+def gate(ours: nn.Module, stock: nn.Module, x: Tensor) -> None:
+    """Ours must give torch.ao's output, bit for bit; of a GPU's torch.ao that is not asked.
+
+    Raises:
+        WrongResult: it does not.
+    """
+    found = differences(copy.deepcopy(ours)(x).detach(), copy.deepcopy(stock)(x).detach())
+    if found and not x.is_cuda:
+        raise WrongResult("; ".join(difference.text for difference in found))
+
+
+def variants(
+    make: Callable[[], Made], device: torch.device, *, compiles: bool = True
+) -> tuple[dict[str, Step], dict[str, str], Tensor]:
+    """The ways, each on a copy of its own, compiled and warmed up; which ones there are not, and why; the batch.
+
+    Raises:
+        WrongResult: ours computes something else than torch.ao's.
+    """
     torch.manual_seed(0)
-    model, x = MODELS[name]()
+    model, x = make()
+    stock = quantized(model, x).to(device)
     model, x = model.to(device).train(), x.to(device)
-    stock = quantized(model, x)
     ours = copy.deepcopy(stock)
     qkernels.swap(ours)
+    gate(ours, stock, x)
     steps: dict[str, Step] = {}
+    absent: dict[str, str] = {}
     for label, source in (("float", model), ("torch.ao", stock), ("qkernels", ours)):
-        for compiled in (False, True):
-            own = copy.deepcopy(source)
-            torch._dynamo.reset()  # past its recompile limit Dynamo falls back to eager without a word
-            fullgraph = label != "torch.ao"
-            forward = torch.compile(own, fullgraph=fullgraph) if compiled else own
-            key = f"{label}, {'compiled' if compiled else 'eager'}"
-            steps[key] = step_of(own, forward, x)
-            for _ in range(4):
-                steps[key]()
-    return steps
-
-
-def measure(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, taking turns."""
-    seconds: dict[str, list[float]] = {key: [] for key in steps}
-    for _ in range(rounds):
-        for key, step in steps.items():
-            start = time.perf_counter()
+        for way in (EAGER, COMPILED) if compiles else (EAGER,):
+            key = f"{label}, {way}"
+            try:
+                steps[key] = step_of(*_made(way, source, x, fullgraph=label != "torch.ao"), x)
+            except RuntimeError as error:
+                if label == "qkernels":
+                    raise
+                absent[key] = f"{type(error).__name__}: {error}".splitlines()[0]
+    for way in (EAGER, COMPILED) if device.type == "cuda" else ():
+        key = f"qkernels, {way}, {GRAPHED}"
+        try:
+            steps[key] = graphed(*_made(way, ours, x, fullgraph=True), x)
+        except RuntimeError as error:
+            absent[key] = str(error).splitlines()[0]
+    reason = "it reads flags on the host, which a capture does not allow" if device.type == "cuda" else "no GPU"
+    absent[f"torch.ao, {GRAPHED}"] = reason
+    if device.type != "cuda":
+        absent[f"qkernels, {GRAPHED}"] = reason
+    for _ in range(2):  # each reset threw away what was compiled before it; from here on nothing is
+        for step in steps.values():
             step()
-            seconds[key].append(time.perf_counter() - start)
-    return {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
+    return steps, absent, x
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each, taking turns, round by round."""
+    samples: dict[str, list[float]] = {key: [] for key in steps}
+    names = list(steps)
+    for index in range(rounds):
+        first = index % len(names)
+        for key in names[first:] + names[:first]:
+            start = time.perf_counter()
+            steps[key]()
+            samples[key].append(1e6 * (time.perf_counter() - start))
+    return samples
+
+
+_RATIOS = {
+    "torch.ao eager / ours eager": (f"torch.ao, {EAGER}", f"qkernels, {EAGER}"),
+    "torch.ao eager / ours compiled": (f"torch.ao, {EAGER}", REFERENCE),
+    "ours compiled / float compiled": (REFERENCE, f"float, {COMPILED}"),
+}
+
+
+def row_of(name: str, samples: dict[str, list[float]], absent: dict[str, str], x: Tensor) -> QATRow:
+    """The medians, their ratios and spreads."""
+    timings = timer.timings_of(samples, REFERENCE if REFERENCE in samples else f"qkernels, {EAGER}")
+    medians = {key: timing.microseconds.median / 1e3 for key, timing in timings.items()}
+    ratios = {
+        label: medians[above] / medians[below]
+        for label, (above, below) in _RATIOS.items()
+        if above in medians and below in medians
+    }
+    reasons = []
+    if ratios["torch.ao eager / ours eager"] < 1:
+        reasons.append(EAGER_CALLS)
+    if ratios.get("torch.ao eager / ours compiled", 1) < 1:
+        slow = medians[f"float, {COMPILED}"] > medians[f"float, {EAGER}"]
+        reasons.append(SLOW_COMPILED if slow else "no explanation is known for ours compiled against torch.ao eager")
+    if ratios.get("ours compiled / float compiled", 0) > 1:
+        reasons.append(WORK_BESIDE_FLOAT)
+    why = "; ".join(reasons) or None
+    shape = tuple(x.shape)
+    title = "x".join(map(str, shape))
+    dtype = str(x.dtype).removeprefix("torch.")
+    return QATRow(name, medians, ratios, case_name(name), title, shape, dtype, "wall time", timings, absent, why)
+
+
+def case_name(model: str) -> str:
+    """The row's name in all suites."""
+    return f"QAT step, {model}"
+
+
+def rows(models: Iterable[str], device: torch.device, rounds: int | None = None) -> Iterator[QATRow]:
+    """One row per model. `rounds` None takes 30 for small models and 10 for large ones."""
+    for name in models:
+        try:
+            steps, absent, x = variants(MODELS[name], device)
+        except WrongResult as error:
+            yield QATRow(name, {}, {}, case_name(name), "", (), "", "wall time", {}, wrong=[str(error)])
+            continue
+        samples = measure(steps, rounds or (10 if name in LARGE_MODELS else 30))
+        yield row_of(name, samples, absent, x)
+
+
+def text(row: QATRow) -> str:
+    """A block for people."""
+    if row.wrong:
+        return f"{row.model}: WRONG: {'; '.join(row.wrong)}"
+    lines = [f"{row.model}: milliseconds per step"]
+    for key, value in row.milliseconds.items():
+        spread = row.timings[key].microseconds
+        lines.append(f"  {key:<32}{value:>9.2f}  ({spread.p20 / 1e3:.2f}-{spread.p80 / 1e3:.2f})")
+    lines += [f"  {key:<34}{value:>7.2f}" for key, value in row.ratios.items()]
+    lines += [f"  not measured: {key}: {reason}" for key, reason in row.absent.items()]
+    return "\n".join(lines + ([f"  why: {row.why}"] if row.why else []))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a table; 0."""
+    """Print a table; 0, or 1 if a gate found something wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.qat", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", action="append", choices=MODELS, help="only this one (repeatable)")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
-    args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated")
-    warnings.filterwarnings("ignore", module=r"torch\.ao\..*")
+    parser.add_argument(
+        "--model", action="append", choices=MODELS, help="only this one (repeatable); without, the small ones"
+    )
+    parser.add_argument("--rounds", type=arguments.positive, help="default: 30, and 10 for the large models")
+    parser.add_argument("--threads", type=arguments.positive, default=1)
+    parser.add_argument("--device", type=arguments.device, default=torch.device("cpu"))
+    parser.add_argument("--json", type=arguments.output, metavar="FILE", help="also write the results there")
+    args: Any = parser.parse_args(argv)
+    arguments.quiet()
     torch.set_num_threads(args.threads)
-    where = environment(args.device, 0)
-    print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
-    rows = []
-    for name in args.model or MODELS:
-        times = measure(variants(name, args.device), args.rounds)
-        ratios = {
-            "torch.ao eager / ours eager": times["torch.ao, eager"] / times["qkernels, eager"],
-            "torch.ao eager / ours compiled": times["torch.ao, eager"] / times["qkernels, compiled"],
-            "ours compiled / float compiled": times["qkernels, compiled"] / times["float, compiled"],
-        }
-        rows.append({"model": name, "milliseconds": times, "ratios": ratios})
-        print(f"\n{name}: milliseconds per step")
-        for key, value in times.items():
-            print(f"  {key:<22}{value:>9.2f}")
-        for key, value in ratios.items():
-            print(f"  {key:<34}{value:>6.2f}")
-        if args.json:
-            args.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1, default=str) + "\n")
-    return 0
+    where = environment(args.device, 0, SUITE)
+    print(heading(where))
+    done: list[QATRow] = []
+    path: Path | None = args.json
+    for row in rows(args.model or SMALL_MODELS, args.device, args.rounds):
+        done.append(row)
+        print(f"\n{text(row)}", flush=True)
+        if path:
+            write_json(path, done, where)
+    return 1 if any(row.wrong for row in done) else 0
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ class Spread:
 
     @classmethod
     def of(cls, samples: list[float]) -> Spread:
-        """The spread of at least two samples."""
+        """The spread of the samples; of a single one, that one."""
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0])
         tenths = statistics.quantiles(samples, n=10, method="inclusive")
         return cls(statistics.median(samples), tenths[1], tenths[7])
 
@@ -108,9 +110,16 @@ def capture_all(impls: dict[str, Impl], inputs: Inputs) -> tuple[dict[str, Calla
     return passes, not_captured
 
 
-def seconds_of(run: Callable[[], None], times: int, on_gpu: bool) -> float:
-    """Seconds that so many passes over the inputs take together."""
-    if on_gpu:
+def seconds_of(run: Callable[[], None], times: int, on_gpu: bool, *, host: bool = False) -> float:
+    """Seconds that so many passes over the inputs take together.
+
+    Args:
+        run: one pass.
+        times: how many.
+        on_gpu: whether the work is on a GPU.
+        host: until the last call has returned, though the device may not be done; it is waited for afterwards.
+    """
+    if on_gpu and not host:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(times):
@@ -118,39 +127,47 @@ def seconds_of(run: Callable[[], None], times: int, on_gpu: bool) -> float:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
     start = clock()
     for _ in range(times):
         run()
-    return clock() - start
+    seconds = clock() - start
+    if on_gpu:
+        torch.cuda.synchronize()
+    return seconds
 
 
-def passes_for(run: Callable[[], None], slice_seconds: float, on_gpu: bool) -> int:
+def passes_for(run: Callable[[], None], slice_seconds: float, on_gpu: bool, *, host: bool = False) -> int:
     """How many passes fill a slice of time; warms up on the way."""
-    seconds_of(run, 1, on_gpu)
+    seconds_of(run, 1, on_gpu, host=host)
     times = 1
-    while (seconds := seconds_of(run, times, on_gpu)) < slice_seconds / 4:
+    while (seconds := seconds_of(run, times, on_gpu, host=host)) < slice_seconds / 4:
         times *= 4
     return max(1, round(times * slice_seconds / seconds))
 
 
 def time_interleaved(
-    passes: dict[str, Callable[[], None]], inputs: Inputs, *, rounds: int, slice_seconds: float
+    passes: dict[str, Callable[[], None]], inputs: Inputs, *, rounds: int, slice_seconds: float, host: bool = False
 ) -> dict[str, Timing]:
     """Time every implementation's pass over the inputs; the first one named is ours."""
     names = list(passes)
     on_gpu = inputs[0][0].is_cuda
-    times = {name: passes_for(run, slice_seconds, on_gpu) for name, run in passes.items()}
+    times = {name: passes_for(run, slice_seconds, on_gpu, host=host) for name, run in passes.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            seconds = seconds_of(passes[name], times[name], on_gpu)
+            seconds = seconds_of(passes[name], times[name], on_gpu, host=host)
             samples[name].append(seconds / times[name] / len(inputs) * 1e6)
-    ours = samples[names[0]]
+    return timings_of(samples, names[0])
+
+
+def timings_of(microseconds: dict[str, list[float]], ours: str) -> dict[str, Timing]:
+    """Timings from samples that were taken round by round; ratios are those within a round, to `ours`."""
+    reference = microseconds[ours]
     return {
-        name: Timing(Spread.of(samples[name]), Spread.of([b / a for a, b in zip(ours, samples[name], strict=True)]))
-        for name in names
+        name: Timing(Spread.of(samples), Spread.of([b / a for a, b in zip(reference, samples, strict=True)]))
+        for name, samples in microseconds.items()
     }
 
 

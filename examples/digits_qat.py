@@ -4,7 +4,8 @@ A small CNN is trained in float on scikit-learn's digits (1,797 images of 8 x 8 
 quantized to 8 bits in four ways, all prepared by torch.ao's FX flow with the same QConfig; ours come in by one line,
 `qkernels.swap(model)`, and `qkernels.verify` runs both side by side first:
 
-* post-training quantization (PTQ): observers watch the training images, then the model is converted;
+* post-training quantization (PTQ): HistogramObserver, torch.ao's and ours, watches the training images, then the model
+  is converted; both choose the same scales and zero points, and the time of both is shown;
 * QAT with torch.ao's fake quantizers, in eager mode: the reference;
 * QAT with ours in eager mode, from the same state, over the same batches: bit-equal to the reference;
 * QAT with ours under `torch.compile(fullgraph=True)`, where torch.ao's own modules break the graph: once with the graph
@@ -156,17 +157,35 @@ def train(
     return Run(name, model, seconds, first, qparams_of(model))
 
 
-def post_training_quantize(float_model: nn.Module, digits: Digits) -> nn.Module:
-    """Let torch.ao's HistogramObserver watch the training images, and convert: no training."""
+@dataclass
+class Calibration:
+    """A post-training quantization: what its histogram observers took and chose, and the converted model."""
+
+    name: str
+    observe_seconds: float
+    choose_seconds: float
+    qparams: QParams
+    model: nn.Module
+
+
+def post_training_quantize(name: str, float_model: nn.Module, digits: Digits, swapped: bool) -> Calibration:
+    """Let HistogramObserver, torch.ao's or ours, watch the training images, and convert: no training."""
     qat = make_qconfig()
     activation = torch_ao.HistogramObserver.with_args(reduce_range=True)
     mapping = torch_ao.QConfigMapping().set_global(torch_ao.QConfig(activation=activation, weight=qat.weight))
     images = digits.train_x.cpu().split(BATCH)
     model = prepare_fx(copy.deepcopy(float_model).cpu().eval(), mapping, (images[0],))
+    if swapped:
+        qkernels.swap(model)
     with torch.no_grad():
+        start = time.perf_counter()
         for batch in images:
             model(batch)
-    return convert_fx(model)
+        observed = time.perf_counter()
+        observers = {n: m for n, m in model.named_modules() if isinstance(m, torch_ao.HistogramObserver)}
+        qparams = {n: observer.calculate_qparams() for n, observer in observers.items()}
+        chosen = time.perf_counter()
+    return Calibration(name, observed - start, chosen - observed, qparams, convert_fx(model))
 
 
 def prepare_qat(float_model: nn.Module, example: Tensor) -> torch.fx.GraphModule:
@@ -240,12 +259,28 @@ def compare(reference: QParams, other: QParams) -> str:
     return text
 
 
-def report_cost(runs: list[Run], digits: Digits, float_accuracy: float, ptq_accuracy: float) -> None:
+def report_calibration(calibrations: list[Calibration], batches: int) -> bool:
+    """Print what calibration took; says whether both chose the same scales and zero points."""
+    reference, ours = calibrations
+    print(f"\ncalibration with HistogramObserver, ms   {batches} batches   choosing qparams")
+    for calibration in calibrations:
+        took = f"{1e3 * calibration.observe_seconds:>13.0f}{1e3 * calibration.choose_seconds:>19.0f}"
+        print(f"  {calibration.name:<36}{took}")
+    print(f"  scales and zero points: {compare(reference.qparams, ours.qparams)}")
+    return all(
+        torch.equal(one, other)
+        for name, pair in reference.qparams.items()
+        for one, other in zip(pair, ours.qparams[name], strict=True)
+    )
+
+
+def report_cost(runs: list[Run], digits: Digits, float_accuracy: float, calibrations: list[Calibration]) -> None:
     """Print accuracy, time and graph breaks."""
     images, labels = digits.test_x.cpu(), digits.test_y.cpu()
     print("\naccuracy on the test images, %      fake-quantized   int8 operators")
     print(f"  {'float':<32}{float_accuracy:>14.2f}{'-':>17}")
-    print(f"  {'PTQ, torch.ao':<32}{'-':>14}{ptq_accuracy:>17.2f}")
+    for calibration in calibrations:
+        print(f"  {'PTQ, ' + calibration.name:<32}{'-':>14}{accuracy(calibration.model, images, labels):>17.2f}")
     for run in runs:
         run.model.cpu().eval().apply(torch_ao.disable_observer)  # or evaluation would move the scales
         converted = convert_fx(copy.deepcopy(run.model))
@@ -305,11 +340,14 @@ def main(argv: list[str] | None = None) -> int:
     float_model = make_cnn().to(args.device)
     train("float", float_model, float_model, digits.batches(args.float_steps, args.seed), rate=3e-3)
     float_accuracy = accuracy(float_model.eval(), digits.test_x, digits.test_y)
-    ptq_model = post_training_quantize(float_model, digits)
+    ways = (("torch.ao", False), ("qkernels", True))
+    for way in ways:  # the first of each pays for imports and caches
+        post_training_quantize(way[0], float_model, digits, way[1])
+    calibrations = [post_training_quantize(name, float_model, digits, swapped) for name, swapped in ways]
     runs = run_all(args, digits, float_model)
-    ptq_accuracy = accuracy(ptq_model, digits.test_x.cpu(), digits.test_y.cpu())
-    report_cost(runs, digits, float_accuracy, ptq_accuracy)
-    equal = report_equality(runs)
+    report_cost(runs, digits, float_accuracy, calibrations)
+    equal = report_calibration(calibrations, -(-len(digits.train_x) // BATCH))
+    equal = report_equality(runs) and equal
     return 0 if equal or args.device.type != "cpu" else 1
 
 

@@ -24,6 +24,7 @@ from qkernels.modules.fake_quant import (
     FixedQParamsFakeQuantize,
     FusedMovingAvgObsFakeQuantize,
 )
+from qkernels.modules.histogram import HistogramObserver, PerChannelHistogramObserver
 from qkernels.modules.learnable import (
     LearnableFakeQuantize,
     _LearnableFakeQuantize,
@@ -73,6 +74,8 @@ from qkernels.modules.factories import (
     default_fused_act_fake_quant,
     default_fused_per_channel_wt_fake_quant,
     default_fused_wt_fake_quant,
+    default_histogram_fake_quant,
+    default_histogram_observer,
     default_observer,
     default_per_channel_qconfig,
     default_per_channel_symmetric_qnnpack_qat_qconfig,
@@ -133,6 +136,7 @@ __all__ = [
     "FixedQParamsFakeQuantize",
     "FixedQParamsObserver",
     "FusedMovingAvgObsFakeQuantize",
+    "HistogramObserver",
     "LearnableFakeQuantize",
     "LearningSchedule",
     "MinMaxObserver",
@@ -140,6 +144,7 @@ __all__ = [
     "MovingAveragePerChannelMinMaxObserver",
     "NoopObserver",
     "ObserverBase",
+    "PerChannelHistogramObserver",
     "PerChannelMinMaxObserver",
     "PlaceholderObserver",
     "QConfig",
@@ -173,6 +178,8 @@ __all__ = [
     "default_fused_act_fake_quant",
     "default_fused_per_channel_wt_fake_quant",
     "default_fused_wt_fake_quant",
+    "default_histogram_fake_quant",
+    "default_histogram_observer",
     "default_observer",
     "default_per_channel_qconfig",
     "default_per_channel_symmetric_qnnpack_qat_qconfig",

@@ -14,6 +14,7 @@ OBSERVERS = (
     "MovingAverageMinMaxObserver",
     "PerChannelMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
+    "HistogramObserver",
     "FixedQParamsObserver",
     "PlaceholderObserver",
     "RecordingObserver",

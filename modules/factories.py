@@ -1,7 +1,7 @@
 """torch.ao's factories, qconfigs and qconfig mappings, built from our classes.
 
 Each is derived from torch.ao's own by exchanging the classes, so that the arguments cannot differ. What has no
-counterpart here, HistogramObserver above all, stays torch.ao's.
+counterpart here stays torch.ao's.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def swap_qconfig_mapping(mapping: QConfigMapping) -> QConfigMapping:
 default_observer = counterpart(stock_observer.default_observer)
 default_placeholder_observer = counterpart(stock_observer.default_placeholder_observer)
 default_per_channel_weight_observer = counterpart(stock_observer.default_per_channel_weight_observer)
+default_histogram_observer = counterpart(stock_observer.default_histogram_observer)
 default_debug_observer = counterpart(stock_observer.default_debug_observer)
 default_weight_observer = counterpart(stock_observer.default_weight_observer)
 default_dynamic_quant_observer = counterpart(stock_observer.default_dynamic_quant_observer)
@@ -95,6 +96,7 @@ default_affine_fixed_qparams_fake_quant = counterpart(stock_fake_quantize.defaul
 default_per_channel_weight_fake_quant = counterpart(stock_fake_quantize.default_per_channel_weight_fake_quant)
 default_embedding_fake_quant = counterpart(stock_fake_quantize.default_embedding_fake_quant)
 default_embedding_fake_quant_4bit = counterpart(stock_fake_quantize.default_embedding_fake_quant_4bit)
+default_histogram_fake_quant = counterpart(stock_fake_quantize.default_histogram_fake_quant)
 default_fused_act_fake_quant = counterpart(stock_fake_quantize.default_fused_act_fake_quant)
 default_fused_wt_fake_quant = counterpart(stock_fake_quantize.default_fused_wt_fake_quant)
 default_fused_per_channel_wt_fake_quant = counterpart(stock_fake_quantize.default_fused_per_channel_wt_fake_quant)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.launch import INTERPRETED
+from qkernels.modules.histogram_core import HistogramCore
 from qkernels.modules.observer_core import MinMaxCore, give_shape, given, shape_statistics
 from qkernels.ops import fake_quantize, update_qparams_
 from qkernels.ops.checks import check_axis, check_x
@@ -81,9 +82,14 @@ class FakeQuantizeCore(ABC, nn.Module):
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Observe X if the flag says so; (scale, zero_point) that no later observation changes in place."""
         observer = self.activation_post_process
-        if not (isinstance(observer, MinMaxCore) and observer.runs_core):
+        if not (isinstance(observer, MinMaxCore | HistogramCore) and observer.runs_core):
             return self._observe_with_foreign(X)
         if known_off(self._observing):
+            return self.scale.clone(), self.zero_point.clone()
+        if isinstance(observer, HistogramCore):
+            observer.prepare_state(X)
+            self._prepare_state(X, observer.observed_axis)
+            observer.renew_qparams_(X, self.scale, self.zero_point, self._observing)
             return self.scale.clone(), self.zero_point.clone()
         if observer.memoryless:
             self._prepare_state(X, observer.observed_axis)

@@ -22,6 +22,7 @@ except ImportError as error:
 
 from qkernels.modules.factories import counterpart
 from qkernels.modules.fake_quant_core import FakeQuantizeCore, FixedQParamsCore, FusedMovingAvgCore
+from qkernels.modules.histogram_core import HistogramCore
 from qkernels.modules.learnable_core import LearnableCore
 from qkernels.modules.observer_core import MinMaxCore, PerChannelMinMaxCore, StockConstructor
 from qkernels.modules.simple_observers import FixedQParamsCore as FixedQParamsObserverCore
@@ -95,6 +96,14 @@ class MovingAveragePerChannelMinMaxObserver(
 
 for _cls in (MinMaxObserver, PerChannelMinMaxObserver):
     _cls.__signature__ = _with_memoryless(_cls)
+
+
+class HistogramObserver(StockConstructor, HistogramCore, stock_observer.HistogramObserver):
+    """`qkernels.modules.HistogramObserver` for torchao."""
+
+    def _check_found(self, low: Tensor, high: Tensor) -> None:
+        if not torch.compiler.is_compiling() and not torch.all(low <= high):
+            raise AssertionError(f"min {low} should be less than max {high}")
 
 
 class FixedQParamsObserver(StockConstructor, FixedQParamsObserverCore, stock_observer.FixedQParamsObserver):

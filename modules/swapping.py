@@ -17,12 +17,13 @@ from torch.ao.quantization.quantize import _observer_forward_hook, _observer_for
 
 from qkernels.modules.counterparts import counterparts
 from qkernels.modules.fake_quant_core import FakeQuantizeCore
+from qkernels.modules.histogram_core import HistogramCore
 from qkernels.modules.observer_core import MinMaxCore
 from qkernels.modules.report import table
 from qkernels.modules.simple_observers import PassThroughCore
 from qkernels.modules.stock import is_stock
 
-CORES = (MinMaxCore, FakeQuantizeCore, PassThroughCore)
+CORES = (MinMaxCore, HistogramCore, FakeQuantizeCore, PassThroughCore)
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, FakeQuantizeCore):
             module.freeze()
-        elif isinstance(module, MinMaxCore | PassThroughCore):
+        elif isinstance(module, MinMaxCore | HistogramCore | PassThroughCore):
             module.frozen = True
     inside = {f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, FakeQuantizeCore)}
     bare = [entry.name for entry in report.left if not any(entry.name.startswith(prefix) for prefix in inside)]

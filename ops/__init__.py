@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from qkernels.ops.fake_quant import fake_quantize, fake_quantize_backward
+from qkernels.ops.histogram import histogram, observe_histogram_
+from qkernels.ops.histogram_merge import merge_histograms
+from qkernels.ops.histogram_search import search_histogram_range
 from qkernels.ops.lsq import learnable_fake_quantize, learnable_fake_quantize_backward
 from qkernels.ops.minmax import aminmax, observe_minmax_
 from qkernels.ops.qparams import choose_qparams
@@ -13,8 +16,12 @@ __all__ = [
     "choose_qparams",
     "fake_quantize",
     "fake_quantize_backward",
+    "histogram",
     "learnable_fake_quantize",
     "learnable_fake_quantize_backward",
+    "merge_histograms",
+    "observe_histogram_",
     "observe_minmax_",
+    "search_histogram_range",
     "update_qparams_",
 ]

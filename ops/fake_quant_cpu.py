@@ -122,7 +122,7 @@ def fake_quantize_cpu(
         )
     zero_point = zero_point.to(torch.int32).reshape(shape)
     if axis is None:  # operations with numbers are cheaper
-        scale, inverse, zero_point = scale.item(), inverse.item(), zero_point.item()
+        return _by_passes(x, scale.item(), inverse.item(), zero_point.item(), quant_min, quant_max)
     return _by_passes(x, scale, inverse, zero_point, quant_min, quant_max)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from qkernels.ops import fake_quant, minmax, qparams, update_qparams
 from tests.lanes.cases import Arguments, KernelCase, Outputs
+from tests.lanes.histogram_cases import histogram_cases
 from tests.lanes.layouts import LAYOUTS, THOROUGH, Layout, sweep
 from tests.lanes.lsq_cases import lsq_cases
 
@@ -260,6 +261,7 @@ def _every() -> Iterator[KernelCase]:
         yield _choose_qparams(rule)
     yield _reciprocal()
     yield from lsq_cases()
+    yield from histogram_cases()
 
 
 def _one_dtype(cases: Iterator[KernelCase]) -> Iterator[KernelCase]:

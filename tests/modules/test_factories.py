@@ -36,25 +36,19 @@ def build(factory: Any) -> Any:
         return None if factory is None else factory()
 
 
-def needs_histogram(factory: Any) -> bool:
-    built = build(factory)
-    return built is not None and any(isinstance(m, stock.HistogramObserver) for m in built.modules())
-
-
 EXPORTED = {name: getattr(stock, name) for name in dir(stock) if not name.startswith("_")}
-ALL_FACTORIES = {n: v for n, v in EXPORTED.items() if is_factory(v) and n[0].islower()}
-FACTORIES = {n: v for n, v in ALL_FACTORIES.items() if not needs_histogram(v)}
+FACTORIES = {n: v for n, v in EXPORTED.items() if is_factory(v) and n[0].islower()}
 QCONFIGS = {n: v for n, v in EXPORTED.items() if isinstance(v, stock.QConfig)}
 
 
 def check_built(mine: Any, theirs: Any) -> None:
-    """A module like torch.ao's, of our classes throughout, but for HistogramObserver and nn.Identity."""
+    """A module like torch.ao's, of our classes throughout, but for nn.Identity."""
     if theirs is None:
         assert mine is None
         return
     check_alike(mine, theirs)
     for module, module_ref in zip(mine.modules(), theirs.modules(), strict=True):
-        if type(module_ref) in (stock.HistogramObserver, nn.Identity):
+        if type(module_ref) is nn.Identity:
             assert type(module) is type(module_ref)
         else:
             assert type(module) is getattr(ours, type(module_ref).__name__)
@@ -72,10 +66,9 @@ def check_qconfig(mine: Any, theirs: Any) -> None:
 
 
 def test_the_lists_are_what_torch_ao_exports() -> None:
-    """The tests below are not about nothing; and only the histogram's two factories are left out."""
-    assert set(ALL_FACTORIES) - set(FACTORIES) == {"default_histogram_observer", "default_histogram_fake_quant"}
+    """The tests below are not about nothing."""
     names = {n for n in stock.__all__ if n.startswith("default_")} - {"default_eval_fn"}
-    assert names <= set(ALL_FACTORIES) and len(FACTORIES) >= 28 and len(QCONFIGS) >= 20
+    assert names <= set(FACTORIES) and len(FACTORIES) >= 30 and len(QCONFIGS) >= 20
 
 
 @pytest.mark.parametrize("name", list(FACTORIES))
@@ -164,7 +157,7 @@ def test_making_mappings_does_not_change_torch_aos() -> None:
         again = getattr(stock, function)()
         assert again.global_qconfig is not None and nn.Linear not in again.object_type_qconfigs
         assert not [m for m in again.global_qconfig.weight().modules() if type(m).__module__.startswith("qkernels")]
-    for name, factory in ALL_FACTORIES.items():
+    for name, factory in FACTORIES.items():
         assert not [m for m in build(factory).modules() if type(m).__module__.startswith("qkernels")], name
 
 
@@ -248,7 +241,7 @@ class UsersObserver(stock.MinMaxObserver):
 
 
 def test_counterpart_leaves_what_it_does_not_know() -> None:
-    for factory in (UsersObserver, stock.HistogramObserver, nn.Identity, None):
+    for factory in (UsersObserver, nn.Identity, None):
         assert counterpart(factory) is factory
     assert type(counterpart(UsersObserver.with_args(eps=1e-3))()) is UsersObserver
     mixed = counterpart(stock.FakeQuantize.with_args(observer=UsersObserver))()

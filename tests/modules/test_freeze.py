@@ -352,13 +352,14 @@ def test_a_frozen_model_compiles_to_one_graph_without_observation() -> None:
 
 def test_what_cannot_be_frozen_is_named() -> None:
     """A bare observer that stays torch.ao's goes on observing; nobody should learn that from a graph."""
-    model = torch.nn.Sequential(stock.FakeQuantize(), stock.HistogramObserver())
+    own = type("OwnObserver", (stock.MinMaxObserver,), {})
+    model = torch.nn.Sequential(stock.FakeQuantize(), own())
     model(batch(0))
     with pytest.warns(UserWarning, match=r"\b1\b"):
         qkernels.freeze(model)
 
 
-def test_a_fake_quantizer_with_an_observer_that_is_left_is_frozen() -> None:
+def test_a_fake_quantizer_around_a_histogram_is_frozen() -> None:
     model = stock.FakeQuantize(observer=stock.HistogramObserver)
     model(batch(0))
     expected = silent(model)
