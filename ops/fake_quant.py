@@ -251,13 +251,15 @@ def fake_quantize(
         (the per-channel one overflows for |x / scale| above 2**63, this one saturates).
     """
     arguments = (x, scale, zero_point, quant_min, quant_max, axis, enabled)
-    if runs_directly(x, scale, zero_point) and x.device.type in _DIRECT:
+    others: Any = {"axis": axis, "ints": (quant_min, quant_max), "optional": (enabled,)}
+    if runs_directly(x, scale, zero_point, **others) and x.device.type in _DIRECT:
         if not INTERPRETED and (y := fake_quantize_by_torch(*arguments)) is not None:
             return y
         calls = _DIRECT[x.device.type]
         if wants_gradient(x):
             return FakeQuantize.apply(calls, *arguments)
-        return calls.forward(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():  # scale may require a gradient, but gets none here
+            return calls.forward(*arguments)
     if transforms_active():
         return FakeQuantizeForTransforms.apply(*arguments)
     return _fake_quantize_op(*arguments)
@@ -294,8 +296,10 @@ def fake_quantize_backward(
         NotImplementedError: the result is differentiated again.
     """
     arguments = (dy, x, scale, zero_point, quant_min, quant_max, axis, enabled)
-    if runs_directly(dy, x, scale, zero_point) and x.device.type in _DIRECT and not wants_gradient(dy, x):
-        return _DIRECT[x.device.type].backward(*arguments)
+    others: Any = {"axis": axis, "ints": (quant_min, quant_max), "optional": (enabled,)}
+    if runs_directly(dy, x, scale, zero_point, **others) and x.device.type in _DIRECT and not wants_gradient(dy, x):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _DIRECT[x.device.type].backward(*arguments)
     if transforms_active():
         return FakeQuantizeBackwardForTransforms.apply(*arguments)
     return _fake_quantize_backward_op(*arguments)

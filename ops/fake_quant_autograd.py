@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qkernels.ops.registration import LIBRARY
+from qkernels.ops.registration import LIBRARY, runs_directly
 
 Tensor = torch.Tensor
 
@@ -24,6 +24,15 @@ def transforms_active() -> bool:
 def wants_gradient(*tensors: Tensor) -> bool:
     """Whether autograd is to record an operation on these."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def wants_operator(dy: Tensor, x: Tensor) -> bool:
+    """Whether a backward is for the operator to compute: with create_graph, batched, or where somebody looks on.
+
+    The operator knows that it cannot be differentiated. Batched gradients are plain tensors to Python, and no transform
+    is active in the engine.
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or not runs_directly(dy, x)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -64,7 +73,7 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of x alone."""
         x, scale, zero_point, enabled = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: the operator knows that it cannot be differentiated
+        if wants_operator(dy, x):
             backward = torch.ops.qkernels.fake_quantize_backward.default
         else:
             backward = ctx.calls.backward

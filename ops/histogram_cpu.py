@@ -57,7 +57,7 @@ def counts_inside(x: Tensor, bins: int, edges: Range, checked: bool = True) -> T
     with np.errstate(over="ignore"):
         width = float(_number(x.dtype)(high) - _number(x.dtype)(low))
     if not math.isfinite(width):
-        return torch.zeros(bins, dtype=torch.int64)
+        return torch.zeros(bins, dtype=torch.int64, device=x.device)
     counts = None
     index_dtype = torch.int32 if bins < EXACT_COUNT else torch.int64
     for block in x.split(BLOCK) if x.numel() > BLOCK else (x,):
@@ -105,8 +105,8 @@ def _rebinned(histogram: Tensor, old: Range, new: Range, dtype: torch.dtype, ups
     parts = histogram.repeat_interleave(upsample) / upsample
     with np.errstate(over="ignore"):
         half = float(number(0.5) * ((number(old[1]) - number(old[0])) / number(bins * upsample)))
-    middles = torch.linspace(*old, bins * upsample + 1, dtype=dtype)[:-1] + half
-    edges = torch.linspace(*new, bins + 1, dtype=dtype)
+    middles = torch.linspace(*old, bins * upsample + 1, dtype=dtype, device=histogram.device)[:-1] + half
+    edges = torch.linspace(*new, bins + 1, dtype=dtype, device=histogram.device)
     bin_of = torch.bucketize(middles, edges, right=True).sub_(1).clamp_(0, bins - 1)
     return torch.bincount(bin_of, weights=parts, minlength=bins)
 
@@ -116,7 +116,9 @@ def carried(histogram: Tensor, old: Range, new: Range, dtype: torch.dtype, upsam
     if old == new:
         return histogram
     if old[0] == old[1]:  # all of it is one value
-        bin_of_value = counts_inside(torch.tensor(old[:1], dtype=dtype), histogram.numel(), new)
+        bin_of_value = counts_inside(
+            torch.tensor(old[:1], dtype=dtype, device=histogram.device), histogram.numel(), new
+        )
         return bin_of_value.to(histogram.dtype) * histogram.sum()
     return _rebinned(histogram, old, new, dtype, upsample)
 

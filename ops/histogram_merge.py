@@ -52,12 +52,12 @@ def merge_histograms(
     _check(histograms, min_val, max_val)
     ranges: list[Range] = list(zip(min_val.tolist(), max_val.tolist(), strict=True))
     seen = [(row, edges) for row, edges in zip(histograms.cpu().double(), ranges, strict=True) if edges[0] <= edges[1]]
-    total = torch.zeros(histograms.shape[1], dtype=torch.float64)
+    total = torch.zeros(histograms.shape[1], dtype=torch.float64, device="cpu")
     low, high = float("inf"), float("-inf")
     if seen:
         low, high = min(edges[0] for _, edges in seen), max(edges[1] for _, edges in seen)
     dtype = torch.float64 if min_val.dtype == torch.float64 else torch.float32
     for row, edges in seen:
         total += carried(row, edges, (low, high), dtype, upsample_rate)
-    device, ends = histograms.device, torch.tensor([low, high], dtype=min_val.dtype)
+    device, ends = histograms.device, torch.tensor([low, high], dtype=min_val.dtype, device="cpu")
     return total.to(device), ends[0].to(device), ends[1].to(device)

@@ -25,12 +25,11 @@ from qkernels.ops.lsq_autograd import (
 )
 from qkernels.ops.lsq_cpu import learnable_fake_quantize_backward_cpu
 from qkernels.ops.registration import decompose, register, runs_directly
-from qkernels.ops.small_cpu import learnable_fake_quantize_by_torch
+from qkernels.ops.small_cpu import GRAD_ELEMENTS, learnable_fake_quantize_by_torch
 
 Tensor = torch.Tensor
 
 GRAD_MASKS = ("rounded", "lsq")
-GRAD_ELEMENTS = ("tensor", "channel", "sample")
 
 
 class _Arguments(NamedTuple):
@@ -255,7 +254,13 @@ def learnable_fake_quantize(
     """
     arguments = (x, scale, zero_point, quant_min, quant_max, grad_factor, axis, enabled, grad_mask, learning,
                  grad_elements)  # fmt: skip
-    if runs_directly(x, scale, zero_point) and x.device.type in _DIRECT:
+    others: Any = {
+        "axis": axis,
+        "ints": (quant_min, quant_max),
+        "numbers": (grad_factor,),
+        "optional": (enabled, learning),
+    }
+    if runs_directly(x, scale, zero_point, **others) and grad_factor is not None and x.device.type in _DIRECT:
         if not INTERPRETED and (y := learnable_fake_quantize_by_torch(*arguments)) is not None:
             return y
         checked = _check("learnable_fake_quantize", *arguments)
@@ -310,7 +315,14 @@ def learnable_fake_quantize_backward(
     arguments = (dy, x, scale, zero_point, quant_min, quant_max, grad_factor, axis, enabled, grad_mask, learning,
                  grad_elements)  # fmt: skip
     tensors = (dy, x, scale, zero_point)
-    if runs_directly(*tensors) and x.device.type in _DIRECT and not wants_gradient(*tensors):
+    others: Any = {
+        "axis": axis,
+        "ints": (quant_min, quant_max),
+        "numbers": (grad_factor,),
+        "optional": (enabled, learning),
+    }
+    direct = runs_directly(*tensors, **others) and grad_factor is not None and x.device.type in _DIRECT
+    if direct and not wants_gradient(*tensors):
         checked = _check_backward(*arguments)
         return _DIRECT[x.device.type].backward(dy, *checked)
     if transforms_active():

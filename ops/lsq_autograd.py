@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qkernels.ops.compositions import learned_zero_point
-from qkernels.ops.fake_quant_autograd import Calls, dispatch, refuse
+from qkernels.ops.fake_quant_autograd import Calls, dispatch, refuse, wants_operator
 from qkernels.ops.registration import LIBRARY
 
 Tensor = torch.Tensor
@@ -45,7 +45,7 @@ class LearnableFakeQuantize(torch.autograd.Function):
         options = (*numbers, enabled, grad_mask, learning, grad_elements)
         if grad_mask == "rounded" and not any(ctx.needs_input_grad[2:4]):
             return None, _fake_quantize_backward(dy, x, scale, zero_point, options), None, None, None
-        if torch.is_grad_enabled():  # create_graph: the operator knows that it cannot be differentiated
+        if wants_operator(dy, x):
             backward = torch.ops.qkernels.learnable_fake_quantize_backward.default
         else:
             backward = ctx.calls.backward

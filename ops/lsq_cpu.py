@@ -50,7 +50,8 @@ def learnable_fake_quantize_backward_cpu(
         dx = fake_quantize_backward_cpu(dy, x, scale, code, quant_min, quant_max, axis, None)
         return dx, _like(scale, 0.0, 1.0), _like(zero_point, 0.0, 1.0)
     factor = gradient_factor(x, quant_max, grad_factor, axis, grad_elements)
-    if 0 < x.numel() <= SMALL and on and grad_mask == "rounded" and exact_for_torch(x, scale, zero_point, axis):
+    small = 0 < x.numel() <= SMALL and on and grad_mask == "rounded"
+    if small and exact_for_torch(x, scale, zero_point, quant_min, quant_max, axis):
         gradients = _by_torch(dy, x, scale, zero_point, quant_min, quant_max, factor, axis)
         if gradients is not None:
             return gradients
@@ -80,7 +81,7 @@ def _like(parameter: Tensor, total: Any, factor: float) -> Tensor:
     dtype = gradient_dtype(parameter)
     if isinstance(total, Tensor):
         return total.mul_(factor).to(dtype).reshape(parameter.shape)
-    return torch.full(parameter.shape, total * factor, dtype=dtype)
+    return torch.full(parameter.shape, total * factor, dtype=dtype, device=parameter.device)
 
 
 def _by_torch(
@@ -126,7 +127,7 @@ def _flat(
     views = _views((dx, dy, x), None)
     n = x.numel()
     budget = min(BLOCK * torch.get_num_threads(), n)
-    scratch = [torch.empty(budget, dtype=torch.float32) for _ in range(2)]
+    scratch = [torch.empty(budget, dtype=torch.float32, device=x.device) for _ in range(2)]
     inside = outside = saturated = 0.0
     for start in range(0, n, budget):
         block = [view[start : start + budget] for view in views]
@@ -157,14 +158,14 @@ def _channels(
         return None
     views = _views((dx, dy, x), axis)
     budget = BLOCK * torch.get_num_threads()
-    scratch = [torch.empty(min(budget, x.numel()), dtype=torch.float32) for _ in range(2)]
+    scratch = [torch.empty(min(budget, x.numel()), dtype=torch.float32, device=x.device) for _ in range(2)]
     if x.numel() <= budget:  # nothing to cut
         own = tuple(t.view(1, -1, 1) for t in qparams)
         buffers = [buffer.view(views[0].shape) for buffer in scratch]
         sums = _one_block(views, buffers, own, quant_min, quant_max, strict, [0, 2])
         totals = [part.double() for part in sums]
     else:
-        totals = [torch.zeros(scale.numel(), dtype=torch.float64) for _ in range(3)]
+        totals = [torch.zeros(scale.numel(), dtype=torch.float64, device=x.device) for _ in range(3)]
         for index in _pieces(views[0].shape, budget):
             block = [view[index] for view in views]
             buffers = [buffer[: block[0].numel()].view(block[0].shape) for buffer in scratch]

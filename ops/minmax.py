@@ -275,7 +275,7 @@ def aminmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     Reference:
         torch.aminmax.
     """
-    return (directly(_AMINMAX, x) or _aminmax_op)(x, axis)
+    return (directly(_AMINMAX, x, axis=axis) or _aminmax_op)(x, axis)
 
 
 def observe_minmax_(
@@ -311,5 +311,6 @@ def observe_minmax_(
     Reference:
         MinMaxObserver and MovingAverageMinMaxObserver.forward, torch/ao/quantization/observer.py, torch 2.13.
     """
-    observe = directly(_OBSERVE, x, min_val, max_val) or _observe_minmax_op
+    others: Any = {"axis": axis, "numbers": (averaging_constant,), "optional": (enabled, workspace)}
+    observe = directly(_OBSERVE, x, min_val, max_val, **others) or _observe_minmax_op
     observe(x, min_val, max_val, averaging_constant, axis, enabled, workspace)

@@ -144,7 +144,8 @@ def choose_qparams_by_rule(
     min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, rule: str, symmetric_zero_point: int, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`choose_qparams` for a caller that already knows its rule (`qparams_rules.RULES`) and symmetric zero point."""
-    choose = directly(_CHOOSE, min_val, max_val) or _choose_qparams_op
+    ints = (quant_min, quant_max, symmetric_zero_point)
+    choose = directly(_CHOOSE, min_val, max_val, eps, ints=ints) or _choose_qparams_op
     return choose(min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
 
 

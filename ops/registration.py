@@ -61,13 +61,37 @@ def register(
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def runs_directly(*tensors: Any) -> bool:
+def runs_directly(
+    *tensors: Any,
+    axis: Any = None,
+    ints: tuple[Any, ...] = (),
+    numbers: tuple[Any, ...] = (),
+    optional: tuple[Any, ...] = (),
+) -> bool:
     """Whether an eager call may go past the dispatcher to its implementation.
 
     learnable_fake_quantize of 64 x 16 elements takes 22 us so, and 38 through the dispatcher (one CPU, torch 2.13).
     Not under torch.compile, torch.func, tracing or a dispatch mode, not for tensor subclasses, and not under the
-    profiler, which is to show the operators by name.
+    profiler, which is to show the operators by name. Nor for arguments of other types: the schema refuses or converts.
+
+    Args:
+        tensors: arguments that must be tensors.
+        axis: argument that must be int or None.
+        ints: arguments that must be int.
+        numbers: arguments that must be int, float or None.
+        optional: arguments that must be tensors or None.
     """
+    if axis is not None and type(axis) is not int:
+        return False
+    for value in ints:
+        if type(value) is not int:
+            return False
+    for value in numbers:
+        if value is not None and type(value) is not float and type(value) is not int:
+            return False
+    for tensor in optional:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return False
@@ -75,6 +99,7 @@ def runs_directly(*tensors: Any) -> bool:
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._ops._len_torch_dispatch_stack_pre_dispatch()
         and not torch._C._is_tracing()
         and not torch._C._autograd._profiler_enabled()
     )
@@ -85,9 +110,9 @@ def implementations(aten: Callable[..., Any], triton: Callable[..., Any]) -> dic
     return {"cpu": triton if INTERPRETED else aten, "cuda": triton}
 
 
-def directly(implementations: dict[str, Callable[..., Any]], *tensors: Any) -> Callable[..., Any] | None:
+def directly(implementations: dict[str, Callable[..., Any]], *tensors: Any, **others: Any) -> Callable[..., Any] | None:
     """The implementation for an eager call that `runs_directly`, with autograd out of its way; else None."""
-    if not runs_directly(*tensors):
+    if not runs_directly(*tensors, **others):
         return None
     implementation = implementations.get(tensors[0].device.type)
     if implementation is None or not torch.is_grad_enabled():

@@ -22,6 +22,7 @@ Tensor = torch.Tensor
 
 SMALL = 1 << 14  # elements
 CODE_LIMIT = 2.0**62  # torch's operators convert codes to int64
+GRAD_ELEMENTS = ("tensor", "channel", "sample")
 
 
 def _is_on(flag: Tensor | None) -> bool:
@@ -30,8 +31,23 @@ def _is_on(flag: Tensor | None) -> bool:
 
 
 def _is_small(x: Tensor) -> bool:
-    """Whether x is one of those that torch's operators are faster for."""
-    return 0 < x.numel() <= SMALL and x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
+    """Whether x is one of those that torch's operators are faster for.
+
+    Not where saved tensors are looked at: a checkpoint wants to see the same ones twice, and which operator serves may
+    depend on qparams that the recomputation has moved.
+    """
+    return (
+        0 < x.numel() <= SMALL
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and x.is_contiguous()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
+
+
+def _is_range(quant_min: int, quant_max: int) -> bool:
+    """Whether these, unchecked, are bounds whose codes float32 holds."""
+    return -EXACT_BOUND <= quant_min <= quant_max <= EXACT_BOUND
 
 
 def _codes_fit(x: Tensor, step: float) -> bool:
@@ -49,22 +65,25 @@ def _not_finite(value: float) -> bool:
     return not math.isfinite(value)
 
 
-def exact_for_torch(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> bool:
-    """Whether torch's learnable operators give our y and, but for a negative zero point per tensor, our gradients.
+def exact_for_torch(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
+) -> bool:
+    """Whether torch's learnable operators give our numbers, for a zero point of 0.
 
-    In float32, without NaN, with every code of x an int64. Per channel torch adds the zero point before it rounds, so
-    that it has to be 0; per tensor its backward rounds half up, and its forward half to even.
+    In float32, without NaN, with every code of x an int64, with 0 in the range. They add the zero point before they
+    round, which moves ties, and shift a negative one; so per channel it has to be 0, and per tensor it is moved into
+    the bounds. Per channel of a one-dimensional x their sums are wrong.
     """
     if not x.dtype == scale.dtype == zero_point.dtype == torch.float32:
         return False
     if axis is None:
         step, code = scale.item(), zero_point.item()
-        if not abs(code) < EXACT_BOUND or abs(code - round(code)) > 0.49:
+        if not abs(code) < EXACT_BOUND:
             return False
     else:
-        step = _smallest(scale)
-        if zero_point.any():
+        if x.ndim < 2 or not quant_min <= 0 <= quant_max or zero_point.any():
             return False
+        step = _smallest(scale)
     return _codes_fit(x, step)
 
 
@@ -87,21 +106,26 @@ def learnable_fake_quantize_by_torch(
         and scale.is_cpu
         and zero_point.is_cpu
         and grad_mask == "rounded"
-        and -EXACT_BOUND <= quant_min <= quant_max <= EXACT_BOUND
+        and _is_range(quant_min, quant_max)
         and _is_on(enabled)
         and _is_on(learning)
     ):
         return None
     if axis is None:
-        if not scale.shape == zero_point.shape == (1,) or not zero_point.item() >= 0:
+        if not scale.shape == zero_point.shape == (1,):
             return None
     elif not (0 <= axis < x.ndim and scale.shape == zero_point.shape == (x.shape[axis],)):
         return None
-    if (grad_elements is not None and quant_max < 1) or not exact_for_torch(x, scale, zero_point, axis):
+    if grad_elements is not None and (grad_elements not in GRAD_ELEMENTS or quant_max < 1):
+        return None
+    if not exact_for_torch(x, scale, zero_point, quant_min, quant_max, axis):
         return None
     factor = gradient_factor(x, quant_max, grad_factor, axis, grad_elements)
     if axis is None:
-        y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, quant_min, quant_max, factor)
+        code = round(min(max(zero_point.item(), quant_min), quant_max))  # half to even
+        nothing = zero_point - zero_point.detach()  # 0, through which the gradient passes
+        bounds = quant_min - code, quant_max - code
+        y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, nothing, *bounds, factor)
     else:
         y = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max, factor)
     return y
@@ -123,7 +147,9 @@ def fake_quantize_by_torch(
         and zero_point.is_cpu
         and scale.dtype == torch.float32
         and zero_point.dtype == torch.int32
-        and -EXACT_BOUND <= quant_min <= quant_max <= EXACT_BOUND
+        and not scale.requires_grad
+        and not zero_point.requires_grad
+        and _is_range(quant_min, quant_max)
         and _is_on(enabled)
     ):
         return None
@@ -169,15 +195,15 @@ def fused_fake_quantize_by_torch(
         and x.ndim > 0
         and _is_on(fake_quant_enabled)
         and observer_enabled.is_cpu
-        and -EXACT_BOUND <= quant_min < quant_max <= EXACT_BOUND
+        and _is_range(quant_min, quant_max)
         and min_val.dtype == max_val.dtype == scale.dtype == torch.float32
         and zero_point.dtype == torch.int32
-        and scale.is_cpu
+        and all(t.is_cpu and t.is_contiguous() for t in state)  # it writes through raw pointers
     ):
         return None
     channels = 1
     if axis is not None:
-        if axis not in (0, -x.ndim):  # the only one that it takes
+        if x.ndim < 2 or axis not in (0, -x.ndim):  # it takes no others
             return None
         channels = x.shape[0]
     if any(t.numel() != channels for t in state):

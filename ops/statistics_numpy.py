@@ -25,6 +25,10 @@ _ZERO = np.float32(0)
 _EPS = np.float32(np.finfo(np.float32).eps)
 
 
+# Underflow is legal, and whoever sets numpy.seterr does not mean us.
+_whatever_numpy_is_told = np.errstate(all="ignore")
+
+
 def _applies(*state: Tensor) -> bool:
     return all(t.is_cpu and t.dtype == torch.float32 for t in state)
 
@@ -68,6 +72,8 @@ def _rule(
 ) -> tuple[Values, Values] | None:
     """(scale, zero point) of finite ranges by the rules "affine" and "symmetric"."""
     floor = _EPS if eps is None else np.float32(eps.item())
+    if not floor > 0:
+        return None
     low, high = np.minimum(low, _ZERO), np.maximum(high, _ZERO)
     if rule == "symmetric":
         half = np.float32((quant_max - quant_min) / 2)
@@ -80,11 +86,12 @@ def _rule(
     return scale, np.minimum(np.maximum(zero_point, np.float32(quant_min)), np.float32(quant_max))
 
 
-def _fits(quant_min: int, quant_max: int) -> bool:
+def _fits(quant_min: int, quant_max: int, symmetric_zero_point: int) -> bool:
     """Whether codes are exact in float32."""
-    return -(2**22) <= quant_min < quant_max <= 2**22
+    return -(2**22) <= quant_min < quant_max <= 2**22 and abs(symmetric_zero_point) <= 2**22
 
 
+@_whatever_numpy_is_told
 def observe(batch: tuple[Tensor, Tensor], min_val: Tensor, max_val: Tensor, averaging_constant: float | None) -> bool:
     """Fold a batch's (min, max) into running statistics; whether that was done."""
     if not _applies(*batch, min_val, max_val):
@@ -97,6 +104,7 @@ def observe(batch: tuple[Tensor, Tensor], min_val: Tensor, max_val: Tensor, aver
     return True
 
 
+@_whatever_numpy_is_told
 def update(
     batch: tuple[Tensor, Tensor],
     state: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -109,7 +117,11 @@ def update(
 ) -> bool:
     """Fold a batch's (min, max) into min_val, max_val, scale and zero point; whether that was done."""
     min_val, max_val, scale, zero_point = state
-    if not (_applies(*batch, *state[:3]) and zero_point.dtype in _INTEGERS and _fits(quant_min, quant_max)):
+    if not (
+        _applies(*batch, *state[:3])
+        and zero_point.dtype in _INTEGERS
+        and _fits(quant_min, quant_max, symmetric_zero_point)
+    ):
         return False
     running = _folded(_load(batch[0]), _load(batch[1]), _load(min_val), _load(max_val), averaging_constant)
     if running is None or not _ordinary(*running):
@@ -125,19 +137,20 @@ def update(
     return True
 
 
+@_whatever_numpy_is_told
 def choose(
     min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, rule: str, symmetric_zero_point: int, eps: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """What `choose_qparams` gives, or None."""
-    if not (_applies(min_val, max_val) and min_val.numel() > 0 and _fits(quant_min, quant_max)):
+    if not (_applies(min_val, max_val) and min_val.numel() > 0 and _fits(quant_min, quant_max, symmetric_zero_point)):
         return None
     low, high = _load(min_val), _load(max_val)
     chosen = _rule(low, high, quant_min, quant_max, rule, symmetric_zero_point, eps) if _ordinary(low, high) else None
     if chosen is None:
         return None
     shape = min_val.shape if min_val.ndim else (1,)
-    scale = torch.empty(shape, dtype=torch.float32)
-    zero_point = torch.empty(shape, dtype=torch.int64 if rule == "symmetric" else torch.int32)
+    scale = torch.empty(shape, dtype=torch.float32, device=min_val.device)
+    zero_point = torch.empty(shape, dtype=torch.int64 if rule == "symmetric" else torch.int32, device=min_val.device)
     _store(scale, chosen[0])
     _store(zero_point, chosen[1])
     return scale, zero_point

@@ -100,7 +100,7 @@ def _composition(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _always_on() -> Tensor:
-    return torch.ones(1, dtype=torch.int64)
+    return torch.ones(1, dtype=torch.int64, device="cpu")  # whatever the default device
 
 
 def _by_torchs_fused_op(update: _Update) -> None:
@@ -289,7 +289,16 @@ def update_qparams_(
     Reference:
         aten/src/ATen/native/quantized/cpu/fused_obs_fake_quant.cpp and torch/ao/quantization/observer.py, torch 2.13.
     """
-    update = directly(_UPDATE, x, min_val, scale) or _update_qparams_op
+    update = (
+        directly(
+            *(_UPDATE, x, min_val, max_val, scale, zero_point),
+            axis=axis,
+            ints=(quant_min, quant_max, symmetric_zero_point),
+            numbers=(averaging_constant,),
+            optional=(eps, enabled, workspace, qparams_enabled, scale_floor),
+        )
+        or _update_qparams_op
+    )
     return update(
         x, min_val, max_val, scale, zero_point, quant_min, quant_max, rule, symmetric_zero_point, eps,
         averaging_constant, axis, enabled, workspace, qparams_enabled, scale_floor,

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(INTERPRETER, reason="with the interpreter the ke
 X = torch.linspace(-3, 3, 60).reshape(3, 4, 5)
 SCALE, ZERO = torch.tensor([0.1]), torch.tensor([0.0])
 SCALES, ZEROS = torch.tensor([0.1, 0.2, 0.05]), torch.zeros(3)
+TIES = (torch.arange(-8, 8) + 0.5) * 0.25
 SUBNORMAL = torch.tensor([1e-39])
 
 
@@ -45,10 +46,15 @@ SERVED = {
     "positive": ((X, SCALE, torch.tensor([3.0]), 0, 15), {}),
     "fractional": ((X, SCALE, torch.tensor([3.4]), 0, 15), {}),
     "beyond the range": ((X, SCALE, torch.tensor([99.0]), 0, 15), {}),
+    "negative": ((X, SCALE, torch.tensor([-2.0]), -8, 7), {}),
+    "just below 0": ((X, SCALE, torch.tensor([-0.3]), -8, 7), {}),
+    "a tie": ((X, SCALE, torch.tensor([2.5]), 0, 15), {}),
+    "range above 0": ((X, SCALE, torch.tensor([3.0]), 1, 15), {}),
     "per channel": ((X, SCALES, ZEROS, -8, 7), {"axis": 0}),
     "flags": ((X, SCALE, ZERO, -8, 7), {"enabled": flag(1), "learning": flag(1)}),
     "grad_elements": ((X, SCALES, ZEROS, -8, 7), {"axis": 0, "grad_elements": "channel"}),
     "grad_factor": ((X, SCALE, ZERO, -8, 7), {"grad_factor": 0.37}),
+    "ties, odd zero point": ((TIES, torch.tensor([0.25]), torch.tensor([3.0]), 0, 7), {}),
     "largest": ((torch.linspace(-3, 3, SMALL), SCALE, ZERO, -8, 7), {}),
 }
 
@@ -57,15 +63,14 @@ NOT_SERVED = {
     "an infinity": ((with_value(math.inf), SCALE, ZERO, -8, 7), {}),
     "minus infinity": ((with_value(-math.inf), SCALE, ZERO, -8, 7), {}),
     "a code beyond int64": ((with_value(3e38), SCALE, ZERO, -8, 7), {}),
-    "negative": ((X, SCALE, torch.tensor([-2.0]), -8, 7), {}),
-    "just below 0": ((X, SCALE, torch.tensor([-0.3]), -8, 7), {}),
-    "a tie": ((X, SCALE, torch.tensor([2.5]), 0, 15), {}),
     "NaN zero point": ((X, SCALE, torch.tensor([math.nan]), 0, 15), {}),
     "infinite zero point": ((X, SCALE, torch.tensor([math.inf]), 0, 15), {}),
     "subnormal scale": ((X, SUBNORMAL, ZERO, -8, 7), {}),
     "negative scale": ((X, -SCALE, ZERO, -8, 7), {}),
     "NaN scale": ((X, SCALE * math.nan, ZERO, -8, 7), {}),
     "one NaN scale": ((X, SCALES * torch.tensor([1, math.nan, 1]), ZEROS, -8, 7), {"axis": 0}),
+    "per channel, range above 0": ((X, SCALES, ZEROS, 1, 15), {"axis": 0}),
+    "per channel, one dimension": ((torch.randn(3), SCALES, ZEROS, -8, 7), {"axis": 0}),
     "one zero point": ((X, SCALES, torch.tensor([0.0, 1.0, 0.0]), -8, 7), {"axis": 0}),
     "bfloat16": ((X.bfloat16(), SCALE, ZERO, -8, 7), {}),
     "float64": ((X.double(), SCALE, ZERO, -8, 7), {}),

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import qkernels.ops as qops
+from qkernels.ops.small_cpu import SMALL
 from tests.ops.learnable_checks import gradient_for
 from tests.ops.test_registration import ALL_LAYOUTS, clone_tree, overload, recorded_calls, signature
 from tests.oracles import INTERPRETER, assert_bits_equal
@@ -180,12 +181,13 @@ def test_only_the_inputs_are_saved(axis: int | None, device: torch.device) -> No
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["x", "scale", "zero_point"])
 @pytest.mark.parametrize("grad_mask", ["rounded", "lsq"])
 def test_double_backward_raises(grad_mask: str, which: int, device: torch.device) -> None:
-    leaves = (values(device).requires_grad_(), *parameters(1, device))
+    x = torch.linspace(-2, 2, SMALL + 4, device=device).reshape(4, -1)  # more than torch's operators serve
+    leaves = (x.requires_grad_(), *parameters(1, device))
     y = qops.learnable_fake_quantize(*leaves, -8, 7, grad_mask=grad_mask)
     gradients = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)  # alone it does not raise
     with pytest.raises(NotImplementedError, match=REFUSED):
         torch.autograd.grad(gradients[which].sum(), leaves[0])
-    dy = torch.ones(4, 6, device=device, requires_grad=True)
+    dy = torch.ones_like(x, requires_grad=True)
     gradients = qops.learnable_fake_quantize_backward(dy, *(t.detach() for t in leaves), -8, 7, grad_mask=grad_mask)
     with pytest.raises(NotImplementedError, match=REFUSED):
         gradients[which].sum().backward()
