@@ -122,10 +122,12 @@ def learnable_fake_quantize_by_torch(
         return None
     factor = gradient_factor(x, quant_max, grad_factor, axis, grad_elements)
     if axis is None:
-        code = round(min(max(zero_point.item(), quant_min), quant_max))  # half to even
-        nothing = zero_point - zero_point.detach()  # 0, through which the gradient passes
+        code = 0
+        if zero_point.item() != 0.0 or not quant_min <= 0 <= quant_max:
+            code = round(min(max(zero_point.item(), quant_min), quant_max))  # half to even
+            zero_point = zero_point - zero_point.detach()  # 0, through which the gradient passes
         bounds = quant_min - code, quant_max - code
-        y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, nothing, *bounds, factor)
+        y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, *bounds, factor)
     else:
         y = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max, factor)
     return y
