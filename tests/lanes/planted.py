@@ -152,9 +152,16 @@ def _elementwise(kernel: Any, **options: Any) -> Callable[..., Outputs]:
     return run
 
 
+def _with_room_behind(device: torch.device, dtype: torch.dtype, large: bool) -> dict[str, torch.Tensor]:
+    """The usual arguments, x at the front of a larger storage: whoever overruns it meets no other tensor."""
+    arguments = _make(device, dtype, large)
+    x = arguments["x"]
+    return {**arguments, "x": torch.cat([x, x.new_ones(4 * BLOCK)])[: x.numel()]}
+
+
 def _case(name: str, run: Callable[..., Outputs], **changes: Any) -> KernelCase:
     contract = {"reads": {"x": 1}, "writes": {"y": 1}, "scratch_bytes": 64, "sweep": _sweep}
-    return KernelCase(name, _make, run, **{**contract, **changes})
+    return KernelCase(name, **{"make": _make, "run": run, **contract, **changes})
 
 
 def _run_twice(x: torch.Tensor, s: torch.Tensor) -> Outputs:
@@ -237,7 +244,11 @@ READS_GAPS = replace(
     name="reads_gaps",  # a strided view whose strides the launcher ignores
     make=lambda device, dtype, large: {"x": torch.ones(4 * BLOCK)[::2], "s": torch.ones(1)},
 )
-OVERRUNS = _case("overruns", _elementwise(_overrun_kernel))
+OVERRUNS = _case(
+    "overruns",
+    _elementwise(_overrun_kernel),
+    make=_with_room_behind,
+)
 RACY = KernelCase("racy", lambda device, dtype, large: {"total": torch.zeros(1)}, _run_racy, scratch_bytes=1000)
 RELAXED = _last_program_case("relaxed", "relaxed", True)
 UNFENCED = _last_program_case("unfenced", "acq_rel", False)
