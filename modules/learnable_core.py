@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels.launch import INTERPRETED
 from qkernels.modules.fake_quant_core import FakeQuantizeCore, known_off
 from qkernels.modules.observer_core import MinMaxCore, give_shape
 from qkernels.ops import fake_quantize, learnable_fake_quantize
 from qkernels.ops.checks import check_axis, check_x
 from qkernels.ops.compositions import learned_zero_point
 from qkernels.ops.lsq import GRAD_ELEMENTS, GRAD_MASKS
+from qkernels.ops.registration import runs_directly
+from qkernels.ops.small_cpu import is_small, learnable_fake_quantize_by_torch
 
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
@@ -132,6 +135,9 @@ class LearnableCore(FakeQuantizeCore):
             ValueError: X's channels do not match scale.
             RuntimeError: the number of channels is unknown in a compiled forward.
         """
+        y = self._learn_small(X)
+        if y is not None:
+            return y
         self._check_input(X)
         if X.numel() == 0 and self.is_per_channel and self.scale.numel() == 1:
             return X
@@ -158,6 +164,29 @@ class LearnableCore(FakeQuantizeCore):
             self.grad_mask,
             self.gradient_enabled,
             self.grad_scale_elements if scaled else None,
+        )
+
+    def _learn_small(self, X: Tensor) -> Tensor | None:
+        """The stage that lasts, in as little Python as can be, for small CPU tensors; None where more is to be done."""
+        scale, zero_point = self.scale, self.zero_point
+        if INTERPRETED or self.frozen or not runs_directly(X, scale, zero_point) or not is_small(X):
+            return None
+        if not scale.is_cpu or self._observing.item():
+            return None
+        self._keep_valid()
+        factor = self.grad_factor
+        return learnable_fake_quantize_by_torch(
+            X,
+            scale,
+            zero_point,
+            self.quant_min,
+            self.quant_max,
+            1.0 if factor is None else factor,
+            self._axis,
+            self.fake_quant_enabled,
+            self.grad_mask,
+            self.gradient_enabled,
+            self.grad_scale_elements if self.use_grad_scaling and factor is None else None,
         )
 
     def _check_input(self, X: Tensor) -> None:

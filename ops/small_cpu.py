@@ -30,7 +30,7 @@ def _is_on(flag: Tensor | None) -> bool:
     return flag is None or (flag.is_cpu and flag.numel() == 1 and flag.dtype in FLAG_DTYPES and flag.item() != 0)
 
 
-def _is_small(x: Tensor) -> bool:
+def is_small(x: Tensor) -> bool:
     """Whether x is one of those that torch's operators are faster for.
 
     Not where saved tensors are looked at: a checkpoint wants to see the same ones twice, and which operator serves may
@@ -102,7 +102,7 @@ def learnable_fake_quantize_by_torch(
 ) -> Tensor | None:
     """learnable_fake_quantize with torch's autograd."""
     if not (
-        _is_small(x)
+        is_small(x)
         and scale.is_cpu
         and zero_point.is_cpu
         and grad_mask == "rounded"
@@ -144,7 +144,7 @@ def fake_quantize_by_torch(
 ) -> Tensor | None:
     """fake_quantize with torch's autograd, which saves a mask."""
     if not (
-        _is_small(x)
+        is_small(x)
         and scale.is_cpu
         and zero_point.is_cpu
         and scale.dtype == torch.float32
@@ -193,7 +193,7 @@ def fused_fake_quantize_by_torch(
     """
     min_val, max_val, scale, zero_point = state
     if not (
-        _is_small(x)
+        is_small(x)
         and x.ndim > 0
         and _is_on(fake_quant_enabled)
         and observer_enabled.is_cpu

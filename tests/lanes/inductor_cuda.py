@@ -15,9 +15,9 @@ Private interfaces used (torch 2.11 and 2.13): `torch._inductor.compile_fx.compi
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
@@ -186,7 +186,10 @@ def _compile(module: torch.fx.GraphModule, arguments: Sequence[tuple[tuple[int, 
     )
 
 
-def main(names: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.lanes.inductor_cuda", description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="+", metavar="NAME", choices=[*GRAPHS, *PLANTED], help="graphs to compile")
+    names = parser.parse_args(argv).names
     import qkernels.ops  # noqa: F401  defines the operators that the graphs call
 
     pretend_cuda()
@@ -198,4 +201,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

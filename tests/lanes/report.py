@@ -5,6 +5,8 @@ A row per case, dtype and CUDA target. Widths are bytes of the widest load or st
 
 from __future__ import annotations
 
+import argparse
+
 from tests.lanes.audits import audit_binaries
 from tests.lanes.cases import short
 from tests.lanes.kernel_cases import CASES
@@ -12,8 +14,13 @@ from tests.lanes.null_driver import CUDA_80, CUDA_90, CUDA_100
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.lanes.report", description=__doc__)
+    parser.add_argument("--case", metavar="NAME", help="only cases with NAME in their name")
+    wanted = parser.parse_args().case or ""
+    if not any(wanted in case.name for case in CASES):
+        parser.error(f"no case has {wanted!r} in its name")
     print("| case | dtype | registers sm_80, sm_90, sm_100 | widest access, bytes (sm_90) |\n|---|---|---|---|")
-    for case in CASES:
+    for case in (case for case in CASES if wanted in case.name):
         for dtype in case.dtypes:
             registers, problems = [], []
             for target in (CUDA_80, CUDA_90, CUDA_100) if case.thorough else (CUDA_90,):
