@@ -154,7 +154,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     """What is to be run."""
     settings = Settings(args.device, args.seed, args.suite == "quick", args.suite in COMPILING)
     found = [
-        Job(case.name, lambda copy, case=case, put=put: measure(case, put, settings, copy))  # type: ignore[misc]
+        Job(case.name, lambda copy, case=case, put=put: measure(case, put, settings, copy))  # type: ignore[misc]  # bound by its default
         for case, put in ordered(args)
     ]
     names = set(args.extra_names)
@@ -164,7 +164,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         )
     for model in qat_models(args.suite):
         if qat.case_name(model) in names:
-            found.append(Job(model, lambda copy, model=model: qat.rows([model], args.device)))  # type: ignore[misc]
+            found.append(Job(model, lambda copy, model=model: qat.rows([model], args.device)))  # type: ignore[misc]  # bound by its default
     return found
 
 

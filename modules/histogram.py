@@ -13,7 +13,7 @@ from qkernels.modules.histogram_core import HistogramCore, PerChannelHistogramCo
 _EPS = torch.finfo(torch.float32).eps
 
 
-class HistogramObserver(HistogramCore, stock.HistogramObserver):  # type: ignore[misc]
+class HistogramObserver(HistogramCore, stock.HistogramObserver):  # type: ignore[misc]  # see minmax.py
     """Observer of a running histogram; its qparams minimize the squared error of quantization.
 
     Takes the place of `torch.ao.quantization.HistogramObserver`: equal constructor, buffers, state_dict, qparams and
@@ -60,7 +60,7 @@ class HistogramObserver(HistogramCore, stock.HistogramObserver):  # type: ignore
         self._init_core(eps)
 
 
-class PerChannelHistogramObserver(PerChannelHistogramCore, stock.UniformQuantizationObserverBase):  # type: ignore[misc]
+class PerChannelHistogramObserver(PerChannelHistogramCore, stock.UniformQuantizationObserverBase):  # type: ignore[misc]  # see minmax.py
     """Observer of a running histogram per channel; the qparams of each minimize its squared error.
 
     torch.ao has none. Every channel is a `HistogramObserver` of its own, with the same numbers.

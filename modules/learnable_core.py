@@ -17,8 +17,8 @@ from qkernels.modules.fake_quant_core import FakeQuantizeCore, known_off
 from qkernels.modules.observer_core import MinMaxCore, give_shape
 from qkernels.ops import fake_quantize, learnable_fake_quantize
 from qkernels.ops.checks import check_axis, check_x
-from qkernels.ops.compositions import learned_zero_point
-from qkernels.ops.lsq import GRAD_ELEMENTS, GRAD_MASKS
+from qkernels.ops.compositions import GRAD_ELEMENTS, learned_zero_point
+from qkernels.ops.lsq import GRAD_MASKS
 from qkernels.ops.registration import runs_directly
 from qkernels.ops.small_cpu import is_small, learnable_fake_quantize_by_torch
 

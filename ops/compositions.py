@@ -15,6 +15,8 @@ Tensor = torch.Tensor
 # Codes are held in float32, where sums of two of them are exact up to this magnitude.
 EXACT_BOUND = 2**23
 
+GRAD_ELEMENTS = ("tensor", "channel", "sample")  # whose number LSQ's gradient scale counts
+
 
 def is_wide(x: Tensor, quant_min: int, quant_max: int) -> bool:
     """Whether float32 is not enough: a float64 x, or codes beyond +-2**23 (qint32)."""

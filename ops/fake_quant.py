@@ -231,7 +231,8 @@ def fake_quantize(
         quant_max: largest code.
         axis: channel axis of x, negative allowed; None for one scale.
         enabled: device flag, 1 element, uint8, int32, int64 or bool; 0 returns a copy of x. None is on. It must not
-            be changed in place between the forward and its backward: autograd raises if it is.
+            be changed in place between the forward and its backward: autograd raises if it is, but for small CPU
+            tensors, whose mask the forward has saved.
 
     Returns:
         y, with the shape, dtype and strides of `torch.empty_like(x)`.

@@ -9,6 +9,7 @@ import torch
 from qkernels.launch import INTERPRETED
 from qkernels.ops import checks
 from qkernels.ops.compositions import (
+    GRAD_ELEMENTS,
     gradient_dtype,
     gradient_factor,
     is_wide,
@@ -25,7 +26,7 @@ from qkernels.ops.lsq_autograd import (
 )
 from qkernels.ops.lsq_cpu import learnable_fake_quantize_backward_cpu
 from qkernels.ops.registration import decompose, register, runs_directly
-from qkernels.ops.small_cpu import GRAD_ELEMENTS, learnable_fake_quantize_by_torch
+from qkernels.ops.small_cpu import learnable_fake_quantize_by_torch
 
 Tensor = torch.Tensor
 

@@ -22,7 +22,7 @@ from qkernels.ops.compositions import (
     learned_zero_point,
 )
 from qkernels.ops.fake_quant_cpu import fake_quantize_backward_cpu, is_off, learned_qparams
-from qkernels.ops.small_cpu import SMALL, exact_for_torch
+from qkernels.ops.small_cpu import SMALL, exact_for_torch, learnable_gradients_by_torch
 
 Tensor = torch.Tensor
 
@@ -52,7 +52,7 @@ def learnable_fake_quantize_backward_cpu(
     factor = gradient_factor(x, quant_max, grad_factor, axis, grad_elements)
     small = 0 < x.numel() <= SMALL and on and grad_mask == "rounded"
     if small and exact_for_torch(x, scale, zero_point, quant_min, quant_max, axis):
-        gradients = _by_torch(dy, x, scale, zero_point, quant_min, quant_max, factor, axis)
+        gradients = learnable_gradients_by_torch(dy, x, scale, zero_point, quant_min, quant_max, factor, axis)
         if gradients is not None:
             return gradients
     dx = torch.empty_like(x)
@@ -82,36 +82,6 @@ def _like(parameter: Tensor, total: Any, factor: float) -> Tensor:
     if isinstance(total, Tensor):
         return total.mul_(factor).to(dtype).reshape(parameter.shape)
     return torch.full(parameter.shape, total * factor, dtype=dtype, device=parameter.device)
-
-
-def _by_torch(
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    grad_factor: float,
-    axis: int | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """All three gradients by torch's operators, where they are right. None where NaN or infinities show up."""
-    if axis is None:
-        # They shift a negative zero point by one. Moved into the bounds it is exact.
-        code = round(min(max(zero_point.item(), quant_min), quant_max))
-        dx, dscale, dzero_point = torch.ops.aten._fake_quantize_learnable_per_tensor_affine_backward.default(
-            dy, x, scale.reshape(1), scale.new_zeros(1), quant_min - code, quant_max - code, grad_factor
-        )
-        if not math.isfinite(dscale.item() + dzero_point.item()):
-            return None
-    else:
-        dx, dscale, dzero_point = torch.ops.aten._fake_quantize_learnable_per_channel_affine_backward.default(
-            dy, x, scale, zero_point, axis, quant_min, quant_max, grad_factor
-        )
-        if not math.isfinite((dscale + dzero_point).sum().item()):
-            return None
-    if dx.stride() != (like := torch.empty_like(x)).stride():
-        dx = like.copy_(dx)
-    return dx, dscale.reshape(scale.shape), dzero_point.reshape(zero_point.shape)
 
 
 def _flat(

@@ -3,8 +3,8 @@
 torch's CPU operators are scalar code, but one call. Up to 16 Ki elements that is less than vector passes and an
 autograd.Function in Python take: forward and backward of 64 x 16 elements 37 us against 62 (one thread, torch 2.13).
 
-The functions take unchecked arguments that `runs_directly`. They give None where torch's operator would give other
-numbers, or raise: then the usual way is right, or says what is wrong.
+The forward functions take unchecked arguments that `runs_directly`. All give None where torch's operator would give
+other numbers, or raise: then the usual way is right, or says what is wrong.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import torch
 
 from qkernels.launch import mark_written
 from qkernels.ops.checks import FLAG_DTYPES
-from qkernels.ops.compositions import EXACT_BOUND, gradient_factor
+from qkernels.ops.compositions import EXACT_BOUND, GRAD_ELEMENTS, gradient_factor
 from qkernels.ops.qparams_rules import SMALL_SCALE
 
 Tensor = torch.Tensor
 
 SMALL = 1 << 14  # elements
 CODE_LIMIT = 2.0**62  # torch's operators convert codes to int64
-GRAD_ELEMENTS = ("tensor", "channel", "sample")
 
 
 def _is_on(flag: Tensor | None) -> bool:
@@ -87,6 +86,11 @@ def exact_for_torch(
     return _codes_fit(x, step)
 
 
+def _learned_code(zero_point: Tensor, quant_min: int, quant_max: int) -> int:
+    """The code that a finite learned zero point stands for."""
+    return round(min(max(zero_point.item(), quant_min), quant_max))  # half to even
+
+
 def learnable_fake_quantize_by_torch(
     x: Tensor,
     scale: Tensor,
@@ -124,13 +128,42 @@ def learnable_fake_quantize_by_torch(
     if axis is None:
         code = 0
         if zero_point.item() != 0.0 or not quant_min <= 0 <= quant_max:
-            code = round(min(max(zero_point.item(), quant_min), quant_max))  # half to even
+            code = _learned_code(zero_point, quant_min, quant_max)
             zero_point = zero_point - zero_point.detach()  # 0, through which the gradient passes
         bounds = quant_min - code, quant_max - code
         y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, *bounds, factor)
     else:
         y = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max, factor)
     return y
+
+
+def learnable_gradients_by_torch(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+    axis: int | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """All three gradients where they are `exact_for_torch`. None where NaN or infinities show up."""
+    if axis is None:
+        code = _learned_code(zero_point, quant_min, quant_max)
+        dx, dscale, dzero_point = torch.ops.aten._fake_quantize_learnable_per_tensor_affine_backward.default(
+            dy, x, scale.reshape(1), scale.new_zeros(1), quant_min - code, quant_max - code, grad_factor
+        )
+        if not math.isfinite(dscale.item() + dzero_point.item()):
+            return None
+    else:
+        dx, dscale, dzero_point = torch.ops.aten._fake_quantize_learnable_per_channel_affine_backward.default(
+            dy, x, scale, zero_point, axis, quant_min, quant_max, grad_factor
+        )
+        if not math.isfinite((dscale + dzero_point).sum().item()):
+            return None
+    if dx.stride() != (like := torch.empty_like(x)).stride():
+        dx = like.copy_(dx)
+    return dx, dscale.reshape(scale.shape), dzero_point.reshape(zero_point.shape)
 
 
 def fake_quantize_by_torch(

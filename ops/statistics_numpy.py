@@ -1,7 +1,7 @@
 """Running statistics and qparams on the CPU, eager, in NumPy: an operation on few values costs a tenth of ATen's.
 
 The same formulas as `ops/minmax.py` (fold) and `ops/qparams_rules.py` (apply_rule), step by step in float32, so the
-same bits. Buffers are read and written in place through views of their memory.
+same bits. Single values are read and filled, several read and written through a view of the buffer's memory.
 
 The functions give None, or False, where they do not apply: other dtypes, NaN, infinities, the rules of torch's fused
 operator and float qparams. Then nothing was written, and the compositions serve.
