@@ -184,6 +184,7 @@ class LearnableFakeQuantize(LearnableCore, stock_learnable.LearnableFakeQuantize
 
     uninitialized: Tensor
     derived_buffers = ("gradient_enabled", "uninitialized")
+    _observing_flags = ("observer_enabled", "uninitialized")
     _initial_gradient = 0
 
     def __init__(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from qkernels.ops.compositions import (
@@ -23,6 +24,8 @@ from qkernels.ops.compositions import (
 )
 
 Tensor = torch.Tensor
+
+_ZERO = torch.zeros((), device="cpu")  # whatever the default device
 
 SMALL = 1024  # elements up to which torch's own operator is faster
 BLOCK = 1 << 17  # elements of which a pass stays in the second-level cache
@@ -137,7 +140,7 @@ def _by_passes(x: Tensor, scale: Any, inverse: Any, zero_point: Any, quant_min: 
         # The bounds are moved instead of the codes, exactly.
         steps.clamp_(quant_min - zero_point, quant_max - zero_point)
         # 0 + scale * step rounds like the product, and gives no -0.0.
-        torch.add(steps.new_zeros(()), steps, alpha=scale, out=steps)
+        torch.add(_ZERO, steps, alpha=scale, out=steps)
         if steps is not result:
             result.copy_(steps)
     return y
@@ -174,17 +177,21 @@ def learned_qparams(
     None where 1 / scale is not positive and finite, or a per-tensor zero point is NaN, which Python cannot round: those
     want more care than passes take.
     """
-    inverse = scale.float().reciprocal()
-    if _is_degenerate(inverse):
-        return None
     if axis is not None:
+        inverse = scale.float().reciprocal()
+        if _is_degenerate(inverse):
+            return None
         return scale.float(), inverse, learned_zero_point(zero_point, quant_min, quant_max)
-    code = zero_point.item()
-    if code != code:
+    step, code = scale.item(), zero_point.item()
+    if not step > 0.0 or code != code:
+        return None
+    with np.errstate(all="ignore"):
+        reciprocal = float(np.float32(1.0) / np.float32(step))
+    if not 0.0 < reciprocal < math.inf:
         return None
     if math.isfinite(code):
         code = round(code)  # ties to even, as torch.round
-    return scale.item(), inverse.item(), float(min(max(code, quant_min), quant_max))
+    return step, reciprocal, float(min(max(code, quant_min), quant_max))
 
 
 def fake_quantize_backward_cpu(

@@ -9,7 +9,7 @@ where it is right. Both round k * scale - x once, so that the gradient of an ele
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -94,19 +94,23 @@ def _flat(
     qparams = learned_qparams(scale, zero_point, quant_min, quant_max, None)
     if qparams is None:
         return None
-    views = _views((dx, dy, x), None)
     n = x.numel()
-    budget = min(BLOCK * torch.get_num_threads(), n)
-    scratch = [torch.empty(budget, dtype=torch.float32, device=x.device) for _ in range(2)]
-    inside = outside = saturated = 0.0
-    for start in range(0, n, budget):
-        block = [view[start : start + budget] for view in views]
-        if n - start < budget:
-            scratch = [buffer[: n - start] for buffer in scratch]
-        sums = _one_block(block, scratch, qparams, quant_min, quant_max, strict, None)
-        inside += sums[0].item()
-        outside += sums[1].item()
-        saturated += sums[2].item()
+    budget = BLOCK * torch.get_num_threads()
+    if n <= budget and dx.is_contiguous() and dy.is_contiguous() and x.is_contiguous():  # nothing to cut
+        sums = _one_block((dx, dy, x), (None, None), qparams, quant_min, quant_max, strict, None)
+        inside, outside, saturated = (part.item() for part in sums)
+    else:
+        inside = outside = saturated = 0.0
+        views = _views((dx, dy, x), None)
+        scratch = [torch.empty(min(budget, n), dtype=torch.float32, device=x.device) for _ in range(2)]
+        for start in range(0, n, budget):
+            block = [view[start : start + budget] for view in views]
+            if n - start < budget:
+                scratch = [buffer[: n - start] for buffer in scratch]
+            sums = _one_block(block, scratch, qparams, quant_min, quant_max, strict, None)
+            inside += sums[0].item()
+            outside += sums[1].item()
+            saturated += sums[2].item()
     result = inside * qparams[1] + outside, -qparams[0] * saturated
     return result if math.isfinite(result[0] + result[1]) else None
 
@@ -149,15 +153,15 @@ def _channels(
 
 
 def _one_block(
-    block: list[Tensor],
-    scratch: list[Tensor],
+    block: Sequence[Tensor],
+    scratch: Sequence[Tensor | None],
     qparams: tuple[Any, ...],
     quant_min: int,
     quant_max: int,
     strict: bool,
     dims: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx of one block.
+    """Write dx of one block. The scratch is two float32 tensors of its size, or None, which are allocated.
 
     Returns:
         Sums over `dims` (None: all) of dy * (k * scale - x) inside, of dy * k where saturated, of dy there.
@@ -166,15 +170,15 @@ def _one_block(
     a, steps = scratch
     scale, inverse, zero_point = qparams
     if x.dtype == torch.float32:
-        torch.mul(x, inverse, out=a)
+        a = torch.mul(x, inverse, out=a)
     else:
-        a.copy_(x).mul_(inverse)
+        a = (torch.empty_like(x, dtype=torch.float32) if a is None else a).copy_(x).mul_(inverse)
     inside = None
     if strict:
         unrounded = a + zero_point
         inside = (unrounded > quant_min).logical_and_(unrounded < quant_max)
     # Codes without their zero point: the bounds are moved instead, exactly.
-    torch.clamp(a.round_(), quant_min - zero_point, quant_max - zero_point, out=steps)
+    steps = torch.clamp(a.round_(), quant_min - zero_point, quant_max - zero_point, out=steps)
     if inside is None:
         a.eq_(steps)
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from qkernels.launch import mark_written
 from qkernels.ops.checks import FLAG_DTYPES
@@ -40,11 +41,11 @@ def is_small(x: Tensor) -> bool:
         and x.is_cpu
         and x.dtype == torch.float32
         and x.is_contiguous()
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and _top_saved_tensors_default_hooks(True) is None
     )
 
 
-def _is_range(quant_min: int, quant_max: int) -> bool:
+def is_range(quant_min: int, quant_max: int) -> bool:
     """Whether these, unchecked, are bounds whose codes float32 holds."""
     return -EXACT_BOUND <= quant_min <= quant_max <= EXACT_BOUND
 
@@ -64,6 +65,14 @@ def _not_finite(value: float) -> bool:
     return not math.isfinite(value)
 
 
+def _exact_per_tensor(x: Tensor, step: float, code: float) -> bool:
+    """Whether torch's learnable operator gives our numbers for a scale of `step` and a zero point of `code`.
+
+    Without NaN, and with no code of x above int64. What is below becomes the lowest int64, which saturates rightly.
+    """
+    return step > 1e-37 and abs(code) < EXACT_BOUND and torch.max(x.detach()).item() < CODE_LIMIT * step
+
+
 def exact_for_torch(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
 ) -> bool:
@@ -76,19 +85,46 @@ def exact_for_torch(
     if not x.dtype == scale.dtype == zero_point.dtype == torch.float32:
         return False
     if axis is None:
-        step, code = scale.item(), zero_point.item()
-        if not abs(code) < EXACT_BOUND:
-            return False
-    else:
-        if x.ndim < 2 or not quant_min <= 0 <= quant_max or zero_point.any():
-            return False
-        step = _smallest(scale)
-    return _codes_fit(x, step)
+        return _exact_per_tensor(x, scale.item(), zero_point.item())
+    if x.ndim < 2 or not quant_min <= 0 <= quant_max or zero_point.any():
+        return False
+    return _codes_fit(x, _smallest(scale))
 
 
-def _learned_code(zero_point: Tensor, quant_min: int, quant_max: int) -> int:
+def _learned_code(code: float, quant_min: int, quant_max: int) -> int:
     """The code that a finite learned zero point stands for."""
-    return round(min(max(zero_point.item(), quant_min), quant_max))  # half to even
+    return round(min(max(code, quant_min), quant_max))  # half to even
+
+
+def learn_per_tensor(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qparams: tuple[float, float],
+    quant_min: int,
+    quant_max: int,
+    factor: float,
+) -> Tensor | None:
+    """learnable_fake_quantize of an x that `is_small`, with torch's autograd.
+
+    Args:
+        x: the batch.
+        scale: float32 (1,), on the CPU.
+        zero_point: like scale.
+        qparams: the values of these two.
+        quant_min: smallest code, at least -EXACT_BOUND.
+        quant_max: largest code, at most EXACT_BOUND.
+        factor: of the gradients of scale and zero point.
+    """
+    step, code = qparams
+    if not _exact_per_tensor(x, step, code):
+        return None
+    shift = _learned_code(code, quant_min, quant_max)
+    if shift:
+        zero_point = zero_point - zero_point.detach()  # 0, through which the gradient passes
+    return torch._fake_quantize_learnable_per_tensor_affine(
+        x, scale, zero_point, quant_min - shift, quant_max - shift, factor
+    )
 
 
 def learnable_fake_quantize_by_torch(
@@ -109,8 +145,9 @@ def learnable_fake_quantize_by_torch(
         is_small(x)
         and scale.is_cpu
         and zero_point.is_cpu
+        and scale.dtype == zero_point.dtype == torch.float32
         and grad_mask == "rounded"
-        and _is_range(quant_min, quant_max)
+        and is_range(quant_min, quant_max)
         and _is_on(enabled)
         and _is_on(learning)
     ):
@@ -122,19 +159,13 @@ def learnable_fake_quantize_by_torch(
         return None
     if grad_elements is not None and (grad_elements not in GRAD_ELEMENTS or quant_max < 1):
         return None
-    if not exact_for_torch(x, scale, zero_point, quant_min, quant_max, axis):
-        return None
     factor = gradient_factor(x, quant_max, grad_factor, axis, grad_elements)
     if axis is None:
-        code = 0
-        if zero_point.item() != 0.0 or not quant_min <= 0 <= quant_max:
-            code = _learned_code(zero_point, quant_min, quant_max)
-            zero_point = zero_point - zero_point.detach()  # 0, through which the gradient passes
-        bounds = quant_min - code, quant_max - code
-        y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, *bounds, factor)
-    else:
-        y = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max, factor)
-    return y
+        qparams = scale.item(), zero_point.item()
+        return learn_per_tensor(x, scale, zero_point, qparams, quant_min, quant_max, factor)
+    if not exact_for_torch(x, scale, zero_point, quant_min, quant_max, axis):
+        return None
+    return torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max, factor)
 
 
 def learnable_gradients_by_torch(
@@ -149,7 +180,7 @@ def learnable_gradients_by_torch(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """All three gradients where they are `exact_for_torch`. None where NaN or infinities show up."""
     if axis is None:
-        code = _learned_code(zero_point, quant_min, quant_max)
+        code = _learned_code(zero_point.item(), quant_min, quant_max)
         dx, dscale, dzero_point = torch.ops.aten._fake_quantize_learnable_per_tensor_affine_backward.default(
             dy, x, scale.reshape(1), scale.new_zeros(1), quant_min - code, quant_max - code, grad_factor
         )
@@ -184,7 +215,7 @@ def fake_quantize_by_torch(
         and zero_point.dtype == torch.int32
         and not scale.requires_grad
         and not zero_point.requires_grad
-        and _is_range(quant_min, quant_max)
+        and is_range(quant_min, quant_max)
         and _is_on(enabled)
     ):
         return None
@@ -230,7 +261,7 @@ def fused_fake_quantize_by_torch(
         and x.ndim > 0
         and _is_on(fake_quant_enabled)
         and observer_enabled.is_cpu
-        and _is_range(quant_min, quant_max)
+        and is_range(quant_min, quant_max)
         and min_val.dtype == max_val.dtype == scale.dtype == torch.float32
         and zero_point.dtype == torch.int32
         and all(t.is_cpu and t.is_contiguous() for t in state)  # it writes through raw pointers

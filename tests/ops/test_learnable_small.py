@@ -55,13 +55,15 @@ SERVED = {
     "grad_elements": ((X, SCALES, ZEROS, -8, 7), {"axis": 0, "grad_elements": "channel"}),
     "grad_factor": ((X, SCALE, ZERO, -8, 7), {"grad_factor": 0.37}),
     "ties, odd zero point": ((TIES, torch.tensor([0.25]), torch.tensor([3.0]), 0, 7), {}),
+    "minus infinity": ((with_value(-math.inf), SCALE, ZERO, -8, 7), {}),
+    "far below int64": ((with_value(-3e38), SCALE, torch.tensor([-2.0]), -8, 7), {}),
     "largest": ((torch.linspace(-3, 3, SMALL), SCALE, ZERO, -8, 7), {}),
 }
 
 NOT_SERVED = {
     "a NaN": ((with_value(math.nan), SCALE, ZERO, -8, 7), {}),
     "an infinity": ((with_value(math.inf), SCALE, ZERO, -8, 7), {}),
-    "minus infinity": ((with_value(-math.inf), SCALE, ZERO, -8, 7), {}),
+    "minus infinity in a channel": ((with_value(-math.inf), SCALES, ZEROS, -8, 7), {"axis": 0}),
     "a code beyond int64": ((with_value(3e38), SCALE, ZERO, -8, 7), {}),
     "NaN zero point": ((X, SCALE, torch.tensor([math.nan]), 0, 15), {}),
     "infinite zero point": ((X, SCALE, torch.tensor([math.inf]), 0, 15), {}),
