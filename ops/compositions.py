@@ -195,14 +195,16 @@ def learnable_fake_quantize_backward_composition(
     known = codes.code == codes.code
     steps = clamped - codes.zero_point
     distance = _distance(steps, codes.scale, x, quant_max - quant_min)
-    slope = torch.where(inside, distance * codes.inverse, steps)
-    wide_dy = dy.to(slope.dtype)
+    passed = inside if enabled is None else inside | ~is_on(enabled)
+    # The terms of dscale read dx: so Inductor's C++ takes the sums in the loop that writes it. It fuses a reduction
+    # with what comes before alone, and would go over x and dy twice.
+    dx = dy * passed
+    wide_dy = dy.to(distance.dtype)
     dims = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
-    dscale = _sum(torch.where(known, wide_dy * slope, 0.0), dims)
+    term = torch.where(inside, dx.to(distance.dtype) * (distance * codes.inverse), wide_dy * steps)
+    dscale = _sum(torch.where(known, term, 0.0), dims)
     saturated = _sum(torch.where(inside | ~known, 0.0, wide_dy), dims)
     dzero_point = torch.where(saturated == 0, 0.0, -scale.double().reshape(saturated.shape) * saturated)
-    if enabled is not None:
-        inside = inside | ~is_on(enabled)
     factor = gradient_factor(x, quant_max, grad_factor, axis, grad_elements)
     gradients = []
     for gradient, parameter in ((dscale, scale), (dzero_point, zero_point)):
@@ -211,7 +213,7 @@ def learnable_fake_quantize_backward_composition(
             if flag is not None:
                 gradient = torch.where(is_on(flag), gradient, 0.0)
         gradients.append(gradient.reshape(parameter.shape).to(gradient_dtype(parameter)))
-    return dy * inside, gradients[0], gradients[1]
+    return dx, gradients[0], gradients[1]
 
 
 def _distance(steps: Tensor, scale: Tensor, x: Tensor, largest: int) -> Tensor:

@@ -11,13 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.compiler import is_compiling
 
 from qkernels.launch import INTERPRETED
 
 # Version of the numbers this package produces under torch.compile. Raise it with every change of a decomposition:
 # AOTAutograd's disk cache keys on the graph before decomposition and would otherwise serve code of the old formula.
-NUMERICS_VERSION = 4
+NUMERICS_VERSION = 5
 
 LIBRARY = torch.library.Library("qkernels", "DEF")
 
@@ -52,13 +56,23 @@ def register(
     # With TRITON_INTERPRET=1 Triton runs kernels on CPU tensors. The operators then use them there, so that everything
     # built on the operators can be tested against the kernels without a GPU.
     direct = implementations(aten, triton)
-    LIBRARY.impl(name, direct["cpu"], "CPU")
-    LIBRARY.impl(name, direct["cuda"], "CUDA")
+    LIBRARY.impl(name, _below_autograd(direct["cpu"]), "CPU")
+    LIBRARY.impl(name, _below_autograd(direct["cuda"]), "CUDA")
     torch.library.register_fake(f"qkernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.qkernels, name).default
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation with autograd out of its way."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*args, **kwargs)
+
+    return call
 
 
 def runs_directly(
@@ -95,13 +109,13 @@ def runs_directly(
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return False
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._ops._len_torch_dispatch_stack_pre_dispatch()
-        and not torch._C._is_tracing()
-        and not torch._C._autograd._profiler_enabled()
+    return not (
+        is_compiling()
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or _len_torch_dispatch_stack_pre_dispatch()
+        or _is_tracing()
+        or _profiler_enabled()
     )
 
 
@@ -117,25 +131,16 @@ def directly(implementations: dict[str, Callable[..., Any]], *tensors: Any, **ot
     implementation = implementations.get(tensors[0].device.type)
     if implementation is None or not torch.is_grad_enabled():
         return implementation
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return implementation(*args, **kwargs)
-
-    return call
+    return _below_autograd(implementation)
 
 
 def not_differentiable(op: Any) -> Any:
     """Keep autograd out of an operator: results and written arguments require no gradient, whatever x does.
 
-    Without this the ATen implementation would chain every batch's graph into the running statistics.
+    The dispatcher skips autograd, and the implementations run below it: else the ATen one would chain every batch's
+    graph into the running statistics.
     """
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
-
-    LIBRARY.impl(op._schema.name.split("::")[1], kernel, "Autograd")
+    LIBRARY.impl(op._schema.name.split("::")[1], torch.library.fallthrough_kernel, "Autograd")
     return op
 
 

@@ -74,6 +74,14 @@ def _kept(update: _Update) -> tuple[Tensor, Tensor]:
     return torch.maximum(update.scale, update.scale_floor.reshape(()).to(update.scale.dtype)), zero_point
 
 
+def _are_kept(update: _Update) -> bool:
+    """Whether `_kept`, on the CPU, would give scale and zero point as they are."""
+    floor = update.scale_floor
+    if floor is None or update.scale.numel() != 1 or not update.scale.item() >= floor.item():
+        return False
+    return update.rule != "symmetric" or update.zero_point.item() == 0
+
+
 def _composition(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     update = _Update(*args, **kwargs)
     x, min_val, max_val, scale, zero_point = update[:5]
@@ -141,7 +149,7 @@ def _aten(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return update.scale.clone(), update.zero_point.clone()
     if update.qparams_enabled is None and update.enabled is not None:
         if not update.enabled.item():  # a CPU tensor: no sync
-            if update.scale_floor is not None:
+            if update.scale_floor is not None and not _are_kept(update):
                 scale, zero_point = _kept(update)
                 update.scale.copy_(scale)
                 update.zero_point.copy_(zero_point)

@@ -91,3 +91,27 @@ def test_cpu_code(name: str):
     for number, (gradient, eager) in enumerate(zip(gradients, eager_gradients, strict=True)):
         rtol = 1e-5 if number else 0  # the first is dx; the others are sums, which tests/ops bounds
         torch.testing.assert_close(gradient, eager, rtol=rtol, atol=0)
+
+
+def test_cpu_code_of_a_learned_activation_has_one_loop():
+    """Between two convolutions: the relu's backward, dx and both sums, in one pass over x and dy."""
+    scale, zero_point = (torch.tensor([value], requires_grad=True) for value in (0.03, 3.0))
+    enabled = torch.ones(1, dtype=torch.uint8)
+    before, after = (torch.nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+
+    @torch.compile(fullgraph=True)
+    def forward(x):
+        x = torch.relu(before(x))
+        return after(
+            torch.ops.qkernels.learnable_fake_quantize(
+                x, scale, zero_point, 0, 255, 1.0, None, enabled, "rounded", enabled
+            )
+        )
+
+    def step(x):
+        y = forward(x)
+        y.backward(torch.ones_like(y))
+
+    x = torch.randn(2, 8, 20, 20)
+    _, (_, code) = run_and_get_code(step, x)
+    assert len(re.findall(rf"for\(.*<static_cast<int64_t>\({x.numel()}L\)", code)) == 1

@@ -301,3 +301,22 @@ def test_training_and_inference_compiled(face: str, device: torch.device) -> Non
         block.load_state_dict(twin.state_dict())
         y = torch.compile(block, fullgraph=True, backend="aot_eager")(batch(9, device))
         s.check_bits(y, expected.cpu(), "y without gradients")
+
+
+@EACH_FACE
+def test_qparams_are_written_in_the_graph(face: str, device: torch.device) -> None:
+    """Not by copies that AOTAutograd makes after it, one per Parameter and step: a launch each on a GPU."""
+    block, _ = blocks(face, device)
+    compiled, x = torch.compile(block, fullgraph=True), batch(1, device)
+    compiled(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        compiled(x)
+    calls = [[event.name, *_callers(event)] for event in profile.events()]
+    assert any("CompiledFxGraph" in name for call in calls for name in call)  # else there is nothing to look at
+    assert [call for call in calls if call[0] == "aten::copy_" and "CompiledFxGraph" not in " ".join(call)] == []
+
+
+def _callers(event: Any) -> Iterator[str]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event.name
