@@ -2,14 +2,14 @@
 
 The ways start from one state: the float model eager and compiled, torch.ao's `_LearnableFakeQuantize` eager and
 compiled as far as it goes (its modules break the graph), ours eager and compiled whole. On a GPU ours are also captured
-into a CUDA graph; torch.ao's read flags on the host, which a capture does not allow. Implementations take turns, step
-by step.
+into a CUDA graph; torch.ao's read flags on the host, which a capture does not allow. They take turns of a few steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +25,7 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import qkernels
 from benchmarks import arguments, timer
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.gate import differences
 from benchmarks.models import LARGE_MODELS, MODELS, SMALL_MODELS, Made
 from benchmarks.report import environment, heading, write_json
@@ -38,6 +39,8 @@ EAGER_CALLS = (
     "eager, every quantizer of ours is Python calls forward and backward where torch.ao's operator is C++, which "
     "weighs where layers are small; compiled, the calls are gone"
 )
+STEPS_OF_A_TURN = 4
+WALL_TIME, KEPT = "wall time", "wall time, freed memory kept"  # see allocator.py
 SLOW_COMPILED = "the float model, too, is slower compiled than eager here"
 WORK_BESIDE_FLOAT = "a quantized model does the float model's work and quantizes every weight and activation besides"
 
@@ -54,7 +57,7 @@ class QATRow:
         input: the batch's shape.
         shape: the batch's shape.
         dtype: the batch's dtype.
-        how: "wall time".
+        how: "wall time", or "wall time, freed memory kept" where the allocator was told so.
         timings: microseconds of a step by way, and how many times longer it takes than ours compiled.
         absent: ways that were not measured, with the reason.
         why: where ours is slower, the reason.
@@ -203,15 +206,22 @@ def variants(
 
 
 def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each, taking turns, round by round."""
+    """Microseconds of each, taking turns in an order drawn anew for every round.
+
+    A turn is one step that is not timed and some that are: a training loop repeats its own step, and finds its own code
+    and data in the caches, not those of the way before it.
+    """
     samples: dict[str, list[float]] = {key: [] for key in steps}
-    names = list(steps)
-    for index in range(rounds):
-        first = index % len(names)
-        for key in names[first:] + names[:first]:
-            start = time.perf_counter()
-            steps[key]()
-            samples[key].append(1e6 * (time.perf_counter() - start))
+    order, draw = list(steps), random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for key in order:
+            step = steps[key]
+            step()
+            for _ in range(STEPS_OF_A_TURN):
+                start = time.perf_counter()
+                step()
+                samples[key].append(1e6 * (time.perf_counter() - start))
     return samples
 
 
@@ -222,7 +232,9 @@ _RATIOS = {
 }
 
 
-def row_of(name: str, samples: dict[str, list[float]], absent: dict[str, str], x: Tensor) -> QATRow:
+def row_of(
+    name: str, samples: dict[str, list[float]], absent: dict[str, str], x: Tensor, how: str = WALL_TIME
+) -> QATRow:
     """The medians, their ratios and spreads."""
     timings = timer.timings_of(samples, REFERENCE if REFERENCE in samples else f"qkernels, {EAGER}")
     medians = {key: timing.microseconds.median / 1e3 for key, timing in timings.items()}
@@ -243,7 +255,7 @@ def row_of(name: str, samples: dict[str, list[float]], absent: dict[str, str], x
     shape = tuple(x.shape)
     title = "x".join(map(str, shape))
     dtype = str(x.dtype).removeprefix("torch.")
-    return QATRow(name, medians, ratios, case_name(name), title, shape, dtype, "wall time", timings, absent, why)
+    return QATRow(name, medians, ratios, case_name(name), title, shape, dtype, how, timings, absent, why)
 
 
 def case_name(model: str) -> str:
@@ -252,15 +264,16 @@ def case_name(model: str) -> str:
 
 
 def rows(models: Iterable[str], device: torch.device, rounds: int | None = None) -> Iterator[QATRow]:
-    """One row per model. `rounds` None takes 30 for small models and 10 for large ones."""
+    """One row per model. `rounds` None takes 10 for small models and 3 for large ones."""
+    how = KEPT if device.type == "cpu" and keep_freed_memory() else WALL_TIME
     for name in models:
         try:
             steps, absent, x = variants(MODELS[name], device)
         except WrongResult as error:
-            yield QATRow(name, {}, {}, case_name(name), "", (), "", "wall time", {}, wrong=[str(error)])
+            yield QATRow(name, {}, {}, case_name(name), "", (), "", how, {}, wrong=[str(error)])
             continue
-        samples = measure(steps, rounds or (10 if name in LARGE_MODELS else 30))
-        yield row_of(name, samples, absent, x)
+        samples = measure(steps, rounds or (3 if name in LARGE_MODELS else 10))
+        yield row_of(name, samples, absent, x, how)
 
 
 def text(row: QATRow) -> str:
@@ -282,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", action="append", choices=MODELS, help="only this one (repeatable); without, the small ones"
     )
-    parser.add_argument("--rounds", type=arguments.positive, help="default: 30, and 10 for the large models")
+    parser.add_argument("--rounds", type=arguments.positive, help="of turns; default: 10, and 3 for the large models")
     parser.add_argument("--threads", type=arguments.positive, default=1)
     parser.add_argument("--device", type=arguments.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=arguments.output, metavar="FILE", help="also write the results there")

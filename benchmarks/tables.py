@@ -14,6 +14,7 @@ from benchmarks.saved import STEPS, Comparison, Results, ResultsError, Steps, ge
 METHODS = {
     "process time": "CPU time of one thread",
     "wall time": "wall time",
+    "wall time, freed memory kept": "wall time, with glibc's allocator set to keep freed memory",
     "events": "CUDA events around calls from Python",
     "graph": "CUDA events around replays of a CUDA graph",
     "host time": "host time of the call",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,9 +45,28 @@ def test_all_eager_ways_train(make: object) -> None:
     assert list(steps) == ["float, eager", "torch.ao, eager", "qkernels, eager"]
     assert absent == {"torch.ao, CUDA graph": "no GPU", "qkernels, CUDA graph": "no GPU"}
     samples = qat.measure(steps, 2)
-    assert {key: len(values) for key, values in samples.items()} == dict.fromkeys(steps, 2)
+    assert {key: len(values) for key, values in samples.items()} == dict.fromkeys(steps, 2 * qat.STEPS_OF_A_TURN)
     found = qat.row_of("gpt block", samples, absent, x)
     assert found.ratios.keys() == {"torch.ao eager / ours eager"}
+
+
+def test_a_turn_starts_with_a_step_that_is_not_timed() -> None:
+    called: list[str] = []
+    samples = qat.measure({name: lambda name=name: called.append(name) for name in "abc"}, 5)  # type: ignore[misc]
+    turn = 1 + qat.STEPS_OF_A_TURN
+    turns = [called[start : start + turn] for start in range(0, len(called), turn)]
+    assert all(len(set(steps)) == 1 and len(steps) == turn for steps in turns)
+    rounds = [[steps[0] for steps in turns[start : start + 3]] for start in range(0, len(turns), 3)]
+    assert len(rounds) == 5 and all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1  # nobody always comes after the same
+    assert {len(values) for values in samples.values()} == {5 * qat.STEPS_OF_A_TURN}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_glibc_takes_the_allocators_settings() -> None:
+    """In a process of its own: they stay."""
+    code = "from benchmarks.allocator import keep_freed_memory; assert keep_freed_memory()"
+    subprocess.run([sys.executable, "-c", code], timeout=300, check=True)
 
 
 def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
