@@ -93,15 +93,46 @@ def _observe_histogram_(device: torch.device) -> Functions:
     return {OURS: ours, TORCH: torchs}
 
 
-def _search_histogram_range(device: torch.device) -> Functions:
-    """Against the observer's own search, on the histogram of a skewed distribution."""
+def _skewed(device: torch.device) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    """torch.ao's observer after a batch of a skewed distribution, and its histogram, min and max."""
     observer: Any = torch_ao.HistogramObserver().to(device)
     observer(torch.linspace(-1, 2, 4096, device=device) ** 3)
-    state = observer.histogram, observer.min_val, observer.max_val
+    return observer, (observer.histogram, observer.min_val, observer.max_val)
+
+
+def _search_histogram_range(device: torch.device) -> Functions:
+    """Against the observer's own search."""
+    observer, state = _skewed(device)
     return {
         OURS: lambda x: tuple(qkernels.ops.search_histogram_range(*state, observer.dst_nbins)),
         TORCH: lambda x: tuple(observer._non_linear_param_search()),
     }
+
+
+def _search_histogram_qparams(device: torch.device) -> Functions:
+    """Against the observer's calculate_qparams."""
+    observer, state = _skewed(device)
+    return {
+        OURS: lambda x: tuple(qkernels.ops.search_histogram_qparams(*state, observer.dst_nbins, 0, 255)),
+        TORCH: lambda x: tuple(observer.calculate_qparams()),
+    }
+
+
+def _update_qparams_from_histogram_(device: torch.device) -> Functions:
+    """Against the observer's calculate_qparams, and two copies."""
+    observer, state = _skewed(device)
+    scale, zero_point = torch.ones(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+
+    def ours(x: Tensor) -> object:
+        qkernels.ops.update_qparams_from_histogram_(*state, scale, zero_point, observer.dst_nbins, 0, 255)
+        return scale, zero_point
+
+    def torchs(x: Tensor) -> object:
+        for buffer, value in zip((scale, zero_point), observer.calculate_qparams(), strict=True):
+            buffer.copy_(value)
+        return scale, zero_point
+
+    return {OURS: ours, TORCH: torchs}
 
 
 def _module(make: Callable[[Any], nn.Module]) -> Make:
@@ -165,6 +196,8 @@ CALLS: dict[str, Make] = {
     "histogram": _case("histogram, 2048 bins"),
     "observe_histogram_": _observe_histogram_,
     "search_histogram_range": _search_histogram_range,
+    "search_histogram_qparams": _search_histogram_qparams,
+    "update_qparams_from_histogram_": _update_qparams_from_histogram_,
     **{name: _module(make) for name, make in (_OBSERVERS | _QUANTIZERS).items()},
     **{
         f"{name}.calculate_qparams": _calculate_qparams(_OBSERVERS[name])

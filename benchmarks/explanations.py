@@ -77,6 +77,7 @@ _OF_CASE: dict[str, tuple[str | None, str | None]] = {
     "histogram, 2048 bins": (CALL, ONE_PASS_COUNT),
     "HistogramObserver": (ATEN_CALLS, None),
     "HistogramObserver.calculate_qparams": (ATEN_CALLS, None),
+    "FakeQuantize HistogramObserver step": (AUTOGRAD, None),
     "ResNet-18 calibration": (SAME_CONVOLUTIONS, SAME_CONVOLUTIONS),
 }
 

@@ -1,4 +1,4 @@
-"""The cases of histograms: the counts, the observer's step, and the search for its range in calculate_qparams."""
+"""The cases of histograms: the counts, the observer's step, its calculate_qparams, and a fake quantizer around it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import qkernels.ops
 from benchmarks import inputs
-from benchmarks.cases import Bench, case, of_functions
+from benchmarks.cases import Bench, case, of_functions, train_step
 from benchmarks.inputs import SMALL, plain
 from benchmarks.module_cases import PEERS, calculate_qparams, observe, of_modules
 
@@ -50,3 +50,9 @@ def _(device: torch.device) -> Bench:
         return observer
 
     return of_modules(make, device, calculate_qparams)
+
+
+@case("FakeQuantize HistogramObserver step", suite="modules", passes=6, peers=PEERS)
+def _(device: torch.device) -> Bench:
+    """Count, search, fake-quantize, backward: torch.ao's `default_histogram_fake_quant` in training."""
+    return of_modules(lambda library: library.FakeQuantize(observer=library.HistogramObserver), device, train_step)

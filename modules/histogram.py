@@ -17,7 +17,7 @@ class HistogramObserver(HistogramCore, stock.HistogramObserver):  # type: ignore
     """Observer of a running histogram; its qparams minimize the squared error of quantization.
 
     Takes the place of `torch.ao.quantization.HistogramObserver`: equal constructor, buffers, state_dict, qparams and
-    repr. Differs in what runs: three launches per batch on a GPU and no host sync, one launch for the search,
+    repr. Differs in what runs: three launches per batch on a GPU and no host sync, one launch for the qparams,
     `torch.compile(fullgraph=True)`. NaN is left out as infinities are; torch.ao raises. Bins count on beyond 2**24.
 
     Args:

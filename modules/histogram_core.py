@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.modules.observer_core import given
-from qkernels.ops import merge_histograms, observe_histogram_, search_histogram_range
+from qkernels.modules.stock import is_stock
+from qkernels.ops import (
+    merge_histograms,
+    observe_histogram_,
+    search_histogram_qparams,
+    search_histogram_range,
+    update_qparams_from_histogram_,
+)
 from qkernels.ops.checks import check_axis
 from qkernels.ops.qparams import choose_qparams_by_rule
 from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
@@ -57,6 +64,9 @@ class HistogramCore(nn.Module):
     has_customized_qrange: bool
     frozen: bool = False  # True once `qkernels.freeze` has made an identity of the observer
     runs_core: bool = True  # False for a subclass with a forward or calculate_qparams of its own
+    own_search: bool = False  # True for a subclass with a _non_linear_param_search of its own
+    own_rule: bool = False  # True for a subclass with a _calculate_qparams of its own
+    checks_found: bool = False  # True for a face that refuses ranges
     observed_axis: int | None = None  # channel axis of the statistics; None is per tensor
     derived_buffers = ("histogram_remainder",)
 
@@ -64,6 +74,10 @@ class HistogramCore(nn.Module):
         super().__init_subclass__(**kwargs)
         own = cls.forward, cls.calculate_qparams
         cls.runs_core = own == (HistogramCore.forward, HistogramCore.calculate_qparams)
+        cls.own_search = cls._non_linear_param_search is not HistogramCore._non_linear_param_search
+        rule = next((c for c in cls.__mro__ if "_calculate_qparams" in vars(c)), None)
+        cls.own_rule = rule is not None and not is_stock(rule)
+        cls.checks_found = cls._check_found is not HistogramCore._check_found
 
     def _init_core(self, eps: float | None = None) -> None:
         """Derive what forward needs. Called after the stock constructor, and when a stock observer is swapped.
@@ -99,22 +113,41 @@ class HistogramCore(nn.Module):
     def prepare_state(self, x: Tensor) -> None:
         """Give per-channel state one row per channel of x, at the first batch."""
 
-    def searched_qparams(self, enabled: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the range that the search finds; nothing is read on the host of a GPU.
+    def searched_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the range that the search finds; nothing is read on the host of a GPU."""
+        if self._has_own_steps():
+            return self._qparams_of(*self._non_linear_param_search())
+        return search_histogram_qparams(self.histogram, self.min_val, self.max_val, **self._how())
 
-        Args:
-            enabled: device flag; 0 leaves the search out, and the result means nothing.
-        """
-        low, high = search_histogram_range(self.histogram, self.min_val, self.max_val, self.dst_nbins, enabled)
-        return self._qparams_of(low, high)
+    def _has_own_steps(self) -> bool:
+        """Whether the search or the rule is a user's: then each is called, where ours are one operator."""
+        return self.own_search or self.own_rule or "_non_linear_param_search" in self.__dict__
+
+    def _how(self) -> dict[str, Any]:
+        """Arguments of the search for qparams."""
+        return {
+            "quant_bins": self.dst_nbins,
+            "quant_min": self.quant_min,
+            "quant_max": self.quant_max,
+            "rule": self.qparams_rule,
+            "symmetric_zero_point": self.symmetric_zero_point,
+            "eps": self.eps,
+        }
 
     def _qparams_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.own_rule:
+            own: Any = self
+            scale, zero_point = own._calculate_qparams(low, high)
+            return scale, zero_point
         return choose_qparams_by_rule(
             low, high, self.quant_min, self.quant_max, self.qparams_rule, self.symmetric_zero_point, self.eps
         )
 
     def _check_found(self, low: Tensor, high: Tensor) -> None:
-        """Refuse what the search found, for want of order; torch.ao refuses nothing here."""
+        """Refuse what the search found, for want of order; torch.ao refuses nothing here.
+
+        Eager calls ask a face that has one, and take two launches to do so: the range has to be there.
+        """
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the range that quantizes what was seen with the least squared error.
@@ -132,6 +165,8 @@ class HistogramCore(nn.Module):
             return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
         if self.bins != self.histogram.shape[-1]:
             raise AssertionError(_OTHER_BINS)
+        if torch.compiler.is_compiling() or not self.checks_found:
+            return self.searched_qparams()
         low, high = self._non_linear_param_search()
         self._check_found(low, high)
         return self._qparams_of(low, high)
@@ -147,12 +182,20 @@ class HistogramCore(nn.Module):
         """(min, max) that the search finds, 0-dim or (C,)."""
         return search_histogram_range(self.histogram, self.min_val, self.max_val, self.dst_nbins)
 
-    def renew_qparams_(self, x: Tensor, scale: Tensor, zero_point: Tensor, enabled: Tensor) -> None:
-        """Observe x and write scale and zero point, both where the device flag is set: a fake quantizer's step."""
+    def renew_qparams_(self, x: Tensor, scale: Tensor, zero_point: Tensor, enabled: Tensor) -> tuple[Tensor, Tensor]:
+        """Observe x and write scale and zero point, both where the device flag is set: a fake quantizer's step.
+
+        Returns:
+            Copies of scale and zero point.
+        """
         self.observe_(x, enabled)
+        if not self._has_own_steps():
+            state = (self.histogram, self.min_val, self.max_val)
+            return update_qparams_from_histogram_(*state, scale, zero_point, **self._how(), enabled=enabled)
         on = enabled.reshape(()).to(torch.bool)
-        for buffer, value in zip((scale, zero_point), self.searched_qparams(enabled), strict=True):
+        for buffer, value in zip((scale, zero_point), self.searched_qparams(), strict=True):
             buffer.copy_(torch.where(on, value.to(buffer.dtype), buffer))
+        return scale.clone(), zero_point.clone()
 
     def merge_(self, *others: HistogramCore) -> None:
         """Take in what other observers saw, in place: mass and range are exact, see `qkernels.ops.merge_histograms`.

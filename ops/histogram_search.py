@@ -15,14 +15,16 @@ Tensor = torch.Tensor
 
 
 @lru_cache(maxsize=16)
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+def device_quantiles(device: torch.device) -> tuple[Tensor, Tensor]:
     """The walk's quantiles on a device, copied there once (1.6 MB): a CUDA graph is captured after the first call."""
     alphas, betas = (torch.from_numpy(table).to(device) for table in quantiles())
     return alphas, betas
 
 
-def _check(histogram: Tensor, min_val: Tensor, max_val: Tensor, quant_bins: int, enabled: Tensor | None) -> None:
-    op = "search_histogram_range"
+def check_search(
+    op: str, histogram: Tensor, min_val: Tensor, max_val: Tensor, quant_bins: int, enabled: Tensor | None
+) -> None:
+    """Checks of a finished histogram and of how to search it."""
     if histogram.ndim not in (1, 2):
         raise ValueError(f"{op}: histogram must have shape (bins,) or (C, bins); got {tuple(histogram.shape)}")
     check_histogram(op, histogram, min_val, max_val, None if histogram.ndim == 1 else histogram.shape[0])
@@ -40,10 +42,10 @@ def _search_into(low: Tensor, high: Tensor, histogram: Tensor, quant_bins: int) 
         high.fill_(found[1])
 
 
-def _aten(
+def search_aten(
     histogram: Tensor, min_val: Tensor, max_val: Tensor, quant_bins: int, enabled: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check(histogram, min_val, max_val, quant_bins, enabled)
+    """The search on the CPU, of checked arguments."""
     low, high = min_val.clone(), max_val.clone()
     if enabled is not None and not enabled.item():
         return low, high
@@ -57,23 +59,37 @@ def _aten(
     return low, high
 
 
-def _triton(
+def search_triton(
     histogram: Tensor, min_val: Tensor, max_val: Tensor, quant_bins: int, enabled: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check(histogram, min_val, max_val, quant_bins, enabled)
-    check_kernel_bins("search_histogram_range", histogram.shape[-1], histogram.device)
-    from qkernels.histogram_search import launch_search
+    """The search on a GPU, of checked arguments."""
+    from qkernels.histogram_search import Found, launch_search
 
     low, high = torch.empty_like(min_val), torch.empty_like(max_val)
     state = (histogram.float().contiguous(), min_val.float().contiguous(), max_val.float().contiguous())
-    launch_search(low, high, *state, _tables(histogram.device), quant_bins, enabled)
+    launch_search(*state, device_quantiles(histogram.device), quant_bins, enabled, Found(low, high))
     return low, high
+
+
+def _aten(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, quant_bins: int, enabled: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    check_search("search_histogram_range", histogram, min_val, max_val, quant_bins, enabled)
+    return search_aten(histogram, min_val, max_val, quant_bins, enabled)
+
+
+def _triton(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, quant_bins: int, enabled: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    check_search("search_histogram_range", histogram, min_val, max_val, quant_bins, enabled)
+    check_kernel_bins("search_histogram_range", histogram.shape[-1], histogram.device)
+    return search_triton(histogram, min_val, max_val, quant_bins, enabled)
 
 
 def _fake(
     histogram: Tensor, min_val: Tensor, max_val: Tensor, quant_bins: int, enabled: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check(histogram, min_val, max_val, quant_bins, enabled)
+    check_search("search_histogram_range", histogram, min_val, max_val, quant_bins, enabled)
     return torch.empty_like(min_val), torch.empty_like(max_val)
 
 

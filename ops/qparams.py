@@ -81,9 +81,10 @@ def _check_choose(min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: i
     checks.check_device(op, "eps", eps, min_val)
 
 
-def _choose_qparams_composition(
+def choose_qparams_composition(
     min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, rule: str, symmetric_zero_point: int, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """choose_qparams in ATen operations."""
     scale, zero_point = apply_rule(min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
     shape = min_val.shape if min_val.ndim else (1,)
     return scale.reshape(shape), zero_point.reshape(shape)
@@ -94,15 +95,16 @@ def _choose_qparams_aten(
 ) -> tuple[Tensor, Tensor]:
     _check_choose(min_val, max_val, quant_min, quant_max, rule, eps)
     arguments = (min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
-    return statistics_numpy.choose(*arguments) or _choose_qparams_composition(*arguments)
+    return statistics_numpy.choose(*arguments) or choose_qparams_composition(*arguments)
 
 
-def _choose_qparams_triton(
+def choose_qparams_triton(
     min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, rule: str, symmetric_zero_point: int, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """choose_qparams on a GPU: one launch, or ATen operations for what the kernel does not take."""
     _check_choose(min_val, max_val, quant_min, quant_max, rule, eps)
     if not (kernels_support(min_val, min_val, max_val) and fits_kernel(quant_min, quant_max)):
-        return _choose_qparams_composition(min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
+        return choose_qparams_composition(min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
     from qkernels.qparams import launch_choose_qparams, rule_arguments
 
     scale, zero_point = _choose_qparams_fake(min_val, max_val, quant_min, quant_max, rule, symmetric_zero_point, eps)
@@ -120,14 +122,14 @@ def _choose_qparams_fake(
     return min_val.new_empty(shape), min_val.new_empty(shape, dtype=zero_point_dtype(rule, min_val.dtype))
 
 
-_CHOOSE = implementations(_choose_qparams_aten, _choose_qparams_triton)
+_CHOOSE = implementations(_choose_qparams_aten, choose_qparams_triton)
 
 _choose_qparams_op = not_differentiable(
     register(
         "choose_qparams(Tensor min_val, Tensor max_val, int quant_min, int quant_max, str rule, "
         "int symmetric_zero_point, Tensor eps) -> (Tensor scale, Tensor zero_point)",
         aten=_choose_qparams_aten,
-        triton=_choose_qparams_triton,
+        triton=choose_qparams_triton,
         fake=_choose_qparams_fake,
     )
 )
@@ -137,7 +139,7 @@ def _keep_choose(min_val: Tensor, *args: object, **kwargs: object) -> bool:
     return keep_on_gpu(min_val)
 
 
-decompose(_choose_qparams_op, _choose_qparams_composition, _keep_choose)
+decompose(_choose_qparams_op, choose_qparams_composition, _keep_choose)
 
 
 def choose_qparams_by_rule(

@@ -42,6 +42,10 @@ GIVEN = tl.constexpr("given")  # count in a given range
 FIRST = tl.constexpr("first")  # count in the old range, take min and max
 SECOND = tl.constexpr("second")  # count in the new range, if it is another
 
+# How it counts, see `qkernels.autotune.histogram_heuristics.HistogramConfig`.
+INLINE_PTX = tl.constexpr("inline_ptx")
+GLOBAL = tl.constexpr("global")
+
 
 class Rows(NamedTuple):
     """Where the values of a histogram lie: rows of runs, see `qkernels.layout.Channels`. One kernel argument.
@@ -83,19 +87,22 @@ class Scratch(NamedTuple):
 
 @triton.jit
 def _take(
-    x, counts, smallest, largest, span, shared,
-    EXTREMES: tl.constexpr, BINS: tl.constexpr, BLOCK_BINS: tl.constexpr, INLINE_PTX: tl.constexpr,
+    x, counts, smallest, largest, span, array,
+    EXTREMES: tl.constexpr, BINS: tl.constexpr, BLOCK_BINS: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Count a tile of x, and its finite extremes. NaN is in no range."""
     low, high, width, inverse, power = span
     if EXTREMES:
         finite = tl.abs(x) < float("inf")
-        smallest = tl.minimum(smallest, tl.where(finite, x, float("inf")))
-        largest = tl.maximum(largest, tl.where(finite, x, float("-inf")))
+        groups: tl.constexpr = (smallest.shape[0], x.shape[0] // smallest.shape[0])
+        smallest = tl.minimum(smallest, tl.min(tl.reshape(tl.where(finite, x, float("inf")), groups), 1))
+        largest = tl.maximum(largest, tl.max(tl.reshape(tl.where(finite, x, float("-inf")), groups), 1))
     inside = (x >= low) & (x <= high)
     index = bin_of(tl.where(inside, x, low), low, width, inverse, power, BINS)
-    if INLINE_PTX:
-        shared_increment(shared + index * 4, inside.to(tl.int32))
+    if FORM == INLINE_PTX:
+        shared_increment(array + index * 4, inside.to(tl.int32))
+    elif FORM == GLOBAL:
+        tl.atomic_add(array + index, 1, mask=inside, sem="relaxed")
     else:
         counts += tl.histogram(index, BLOCK_BINS, mask=inside)
     return counts, smallest, largest
@@ -105,7 +112,7 @@ def _take(
 def _count(
     x_ptr, rows, n, low, high, scratch, channel, part, n_parts,
     EXTREMES: tl.constexpr, FLAT: tl.constexpr, VEC: tl.constexpr, BINS: tl.constexpr, BLOCK_BINS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, INLINE_PTX: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """One program's share of x: counts in [low, high] and extremes, into the scratch. low > high counts nothing."""
     low, high = counting_range(low, high)
@@ -114,13 +121,19 @@ def _count(
     span = (low, high, width, inverse, power)
     bins = tl.arange(0, BLOCK_BINS)
     counts = tl.zeros((BLOCK_BINS,), tl.int32)
-    shared = 0
-    if INLINE_PTX:
-        shared = shared_counts(part)
-        shared_store(shared + bins * 4, counts)
+    own_ptr = scratch.counts + (channel.to(tl.int64) * n_parts + part) * BLOCK_BINS
+    array = own_ptr
+    if FORM == INLINE_PTX:
+        array = shared_counts(part)
+        shared_store(array + bins * 4, counts)
         tl.debug_barrier()
-    smallest = tl.full((BLOCK,), float("inf"), tl.float32)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    elif FORM == GLOBAL:
+        tl.store(own_ptr + bins, counts)
+        tl.debug_barrier()  # a thread adds to what another has set to 0
+    # Four neighbours of a run are one thread's: their extremes need no shuffle, and a quarter of the registers.
+    NEIGHBOURS: tl.constexpr = 4 if FLAT or VEC % 4 == 0 else 1
+    smallest = tl.full((BLOCK // NEIGHBOURS,), float("inf"), tl.float32)
+    largest = tl.full((BLOCK // NEIGHBOURS,), float("-inf"), tl.float32)
     offs = tl.arange(0, BLOCK)
 
     if FLAT:
@@ -129,13 +142,13 @@ def _count(
         for tile in range(part, n_whole, n_parts):
             x = tl.load(x_ptr + tile * BLOCK + offs).to(tl.float32)
             counts, smallest, largest = _take(
-                x, counts, smallest, largest, span, shared, EXTREMES, BINS, BLOCK_BINS, INLINE_PTX
+                x, counts, smallest, largest, span, array, EXTREMES, BINS, BLOCK_BINS, FORM
             )
         if part == n_whole % n_parts:
             mask = offs < n - n_whole * BLOCK
             x = tl.load(x_ptr + n_whole * BLOCK + offs, mask=mask, other=float("nan")).to(tl.float32)
             counts, smallest, largest = _take(
-                x, counts, smallest, largest, span, shared, EXTREMES, BINS, BLOCK_BINS, INLINE_PTX
+                x, counts, smallest, largest, span, array, EXTREMES, BINS, BLOCK_BINS, FORM
             )
     else:
         BLOCK_R: tl.constexpr = BLOCK // BLOCK_K
@@ -151,16 +164,16 @@ def _count(
             pointers += k.to(tl.int64)[None, :] * rows.run_stride
             mask = (row < rows.n_rows)[:, None] & (k < run)[None, :]
             x = tl.load(pointers, mask=mask, other=float("nan")).to(tl.float32)
-            x = tl.reshape(x, (BLOCK,), can_reorder=True)
+            x = tl.reshape(x, (BLOCK,))
             counts, smallest, largest = _take(
-                x, counts, smallest, largest, span, shared, EXTREMES, BINS, BLOCK_BINS, INLINE_PTX
+                x, counts, smallest, largest, span, array, EXTREMES, BINS, BLOCK_BINS, FORM
             )
 
-    if INLINE_PTX:
+    if FORM == INLINE_PTX:
         tl.debug_barrier()
-        counts = shared_load(shared + bins * 4)
-    program = channel.to(tl.int64) * n_parts + part
-    tl.store(scratch.counts + program * BLOCK_BINS + bins, counts)
+        counts = shared_load(array + bins * 4)
+    if FORM != GLOBAL:
+        tl.store(own_ptr + bins, counts)
     if EXTREMES:
         tl.store(scratch.extremes + channel * 2 * n_parts + part, tl.min(smallest, 0))
         tl.store(scratch.extremes + (channel * 2 + 1) * n_parts + part, tl.max(largest, 0))
@@ -201,7 +214,7 @@ def _histogram_pass_kernel(
     BLOCK_P: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     STEPS: tl.constexpr,
-    INLINE_PTX: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """Grid (C, parts)."""
     channel = tl.program_id(0)
@@ -240,7 +253,7 @@ def _histogram_pass_kernel(
     if count:
         _count(
             x_ptr, rows, n, low, high, scratch, channel, part, n_parts,
-            PURPOSE == FIRST, FLAT, VEC, BINS, BLOCK_BINS, BLOCK, BLOCK_K, INLINE_PTX,
+            PURPOSE == FIRST, FLAT, VEC, BINS, BLOCK_BINS, BLOCK, BLOCK_K, FORM,
         )  # fmt: skip
 
 
@@ -259,8 +272,11 @@ def _geometry(x: torch.Tensor, axis: int | None, bins: int) -> _Geometry:
     layout = plan(tuple(x.shape), (x.stride(),), axis)
     channels = 1 if axis is None else x.shape[axis]
     flat = isinstance(layout, Flat)
-    inline_ptx = histogram_heuristics.INLINE_PTX and flat and not INTERPRETED and torch.version.hip is None
-    config = histogram_heuristics.histogram_passes(x.numel() // channels, channels, bins, x.device, inline_ptx)
+    cuda = torch.version.hip is None
+    inline_ptx = histogram_heuristics.INLINE_PTX and flat and not INTERPRETED and cuda
+    shared_atomics = histogram_heuristics.SHARED_ATOMICS and cuda
+    n = x.numel() // channels
+    config = histogram_heuristics.histogram_passes(n, channels, bins, x.device, inline_ptx, shared_atomics)
     if isinstance(layout, Flat):
         return _Geometry(Rows((1,), (0,), 1, 1, 1, 0), layout.n, True, 1, config.block, config)
     vec = 1 if layout.channel_innermost else layout.vec
@@ -287,6 +303,7 @@ def _launch_pass(
     upsample_rate: int = 1,
 ) -> None:
     config = geometry.config
+    limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     launch(
         _histogram_pass_kernel,
         (channels, config.parts),
@@ -305,8 +322,9 @@ def _launch_pass(
         BLOCK_P=MAX_PARTIALS,
         UPSAMPLE=upsample_rate,
         STEPS=(bins * upsample_rate).bit_length(),
-        INLINE_PTX=config.inline_ptx,
+        FORM=config.form,
         num_warps=config.num_warps,
+        **limit,
     )
 
 
@@ -361,8 +379,9 @@ def launch_observe_histogram(
     bins, channels = histogram.shape[-1], min_val.numel()
     geometry = _geometry(x, axis, bins)
     parts, width = geometry.config.parts, block_bins(bins)
-    floats = x.new_empty(channels * (2 * parts + 4 + 2 * width), dtype=torch.float32)
-    extremes, ranges, snapshot = floats.split([channels * 2 * parts, channels * 4, channels * 2 * width])
+    floats = x.new_empty(channels * (2 * width + 4 + 2 * parts), dtype=torch.float32)
+    # Whatever the number of parts, all three begin at a multiple of 16 bytes: Triton compiles anew for what does not.
+    snapshot, ranges, extremes = floats.split([channels * 2 * width, channels * 4, channels * 2 * parts])
     integers = torch.empty(channels * width * (parts + 1), dtype=torch.int32, device=x.device)
     counts, firsts = integers.split([channels * width * parts, channels * width])
     scratch = Scratch(counts, extremes, ranges, snapshot, firsts)

@@ -5,10 +5,15 @@ registers. A step is two counts over the cumulative sum; steps that would move n
 error is one pass over the bins. Its sum is float64, rounded once: torch.ao's float32 sum may decide a close call
 otherwise.
 
+The launch ends with what the caller asked for: the range that was found, or the scale and zero point that
+`qkernels.qparams` chooses for it.
+
 Bytes: 4 per bin and histogram, and up to 16 per step of the walk from the table of quantiles, which L2 holds.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +21,32 @@ import triton.language as tl
 
 from qkernels.device_math import fma, is_on, max_nan, min_nan
 from qkernels.launch import launch
+from qkernels.qparams import FLOAT_QPARAMS, NO_RULE, SYMMETRIC, RuleArguments, qparams_of
 
 BLOCK_STEPS = 1024  # steps that are looked ahead at a time
+
+
+class Found(NamedTuple):
+    """Where the results go: pointers to C contiguous elements, None where unused. One kernel argument.
+
+    Attributes:
+        low: lower end of the range, any float dtype; without a rule.
+        high: upper end, like low.
+        scale: float32; with a rule.
+        zero_point: int32, int64 or any float dtype; with a rule.
+        scale_copy: float32. Given, scale and zero point are renewed in place, where the flag is on, and copies of the
+            two, new or old, go here and to zero_point_copy. None writes scale and zero point whatever the flag says.
+        zero_point_copy: dtype of zero_point.
+        rule: arguments of the qparams rule.
+    """
+
+    low: Any = None
+    high: Any = None
+    scale: Any = None
+    zero_point: Any = None
+    scale_copy: Any = None
+    zero_point_copy: Any = None
+    rule: RuleArguments = NO_RULE
 
 
 @triton.jit
@@ -54,9 +83,27 @@ def _error(density, i, mask, start, end, bin_width, quant_bins):
 
 
 @triton.jit
+def _store(found, low, high, channel, on, RULE: tl.constexpr):
+    """The range [low, high] of a channel, float32, or its scale and zero point."""
+    if RULE is None:
+        tl.store(found.low + channel, low.to(found.low.dtype.element_ty))
+        tl.store(found.high + channel, high.to(found.high.dtype.element_ty))
+    else:
+        scale, zero_point = qparams_of(low, high, found.rule, RULE)
+        if (RULE != FLOAT_QPARAMS) & (RULE != SYMMETRIC):
+            zero_point = zero_point.to(tl.int32)  # as choose_qparams has it: what a NaN becomes depends on the integer
+        zero_point = zero_point.to(found.zero_point.dtype.element_ty)
+        if found.scale_copy is not None:
+            scale = tl.where(on, scale, tl.load(found.scale + channel))
+            zero_point = tl.where(on, zero_point, tl.load(found.zero_point + channel))
+            tl.store(found.scale_copy + channel, scale)
+            tl.store(found.zero_point_copy + channel, zero_point)
+        tl.store(found.scale + channel, scale)
+        tl.store(found.zero_point + channel, zero_point)
+
+
+@triton.jit
 def _search_kernel(
-    low_ptr,  # (C,) any float dtype: the range that was found
-    high_ptr,  # (C,)
     histogram_ptr,  # (C, BINS) float32
     min_ptr,  # (C,) float32
     max_ptr,  # (C,) float32
@@ -65,6 +112,8 @@ def _search_kernel(
     n_steps,  # length of either
     quant_bins,  # float
     enabled_ptr,  # 1-element flag or None
+    found,  # Found
+    RULE: tl.constexpr,  # None for the range
     BINS: tl.constexpr,
     BLOCK_BINS: tl.constexpr,
     BLOCK_STEPS: tl.constexpr,
@@ -75,7 +124,8 @@ def _search_kernel(
     bins = tl.full((), BINS, tl.float32)
     step = tl.div_rn(maximum - minimum, bins)
     bin_width = (maximum.to(tl.float64) - minimum.to(tl.float64)) / bins.to(tl.float64)
-    searched = is_on(enabled_ptr) & (minimum <= maximum)
+    on = is_on(enabled_ptr)
+    searched = on & (minimum <= maximum)
 
     i = tl.arange(0, BLOCK_BINS)
     mask = i < BINS
@@ -122,41 +172,41 @@ def _search_kernel(
         more = (start < end) & (tl.load(alphas_ptr + left) < tl.load(betas_ptr + right))
         going = tl.where(more, going, 0)
 
-    low = minimum + step * start.to(tl.float32)
-    high = minimum + step * (end + 1).to(tl.float32)
-    tl.store(low_ptr + channel, tl.where(searched, low, minimum).to(low_ptr.dtype.element_ty))
-    tl.store(high_ptr + channel, tl.where(searched, high, maximum).to(high_ptr.dtype.element_ty))
+    low = tl.where(searched, minimum + step * start.to(tl.float32), minimum)
+    high = tl.where(searched, minimum + step * (end + 1).to(tl.float32), maximum)
+    _store(found, low, high, channel, on, RULE)
 
 
 def launch_search(
-    low: torch.Tensor,
-    high: torch.Tensor,
     histogram: torch.Tensor,
     min_val: torch.Tensor,
     max_val: torch.Tensor,
     quantiles: tuple[torch.Tensor, torch.Tensor],
     quant_bins: int,
     enabled: torch.Tensor | None,
+    found: Found,
+    rule: str | None = None,
 ) -> None:
     """Search every histogram's range. One launch.
 
     Args:
-        low: written, C contiguous elements of any float dtype.
-        high: written, like low.
         histogram: float32 (bins,) or (C, bins), contiguous.
         min_val: C contiguous float32 elements.
         max_val: like min_val.
         quantiles: float64 tables of the walk, on the device.
         quant_bins: number of codes.
-        enabled: 1-element flag or None.
+        enabled: 1-element flag or None; 0 takes min_val and max_val for the range.
+        found: what is written.
+        rule: qparams rule (`qkernels.ops.qparams_rules.RULES`), or None for the range itself.
     """
     bins = histogram.shape[-1]
     block = max(triton.next_power_of_2(bins), 16)
+    num_warps = min(max(block // 256, 4), 16)
+    # By itself ptxas may save registers, and spill, for a second program that never comes.
+    limit = {} if torch.version.hip else {"maxnreg": min(65536 // (32 * num_warps), 255)}
     launch(
         _search_kernel,
         (min_val.numel(),),
-        low,
-        high,
         histogram,
         min_val,
         max_val,
@@ -164,8 +214,11 @@ def launch_search(
         quantiles[0].numel(),
         float(quant_bins),
         enabled,
+        found,
+        RULE=rule,
         BINS=bins,
         BLOCK_BINS=block,
         BLOCK_STEPS=BLOCK_STEPS,
-        num_warps=min(max(block // 256, 4), 16),
+        num_warps=num_warps,
+        **limit,
     )

@@ -165,9 +165,13 @@ CALLS: dict[str, Callable[[Any], object]] = {
     ),
     "observe_histogram_": lambda s: ops.observe_histogram_(s.x, s.counts, s.min_val, s.max_val),
     "observe_minmax_": lambda s: ops.observe_minmax_(s.x, s.min_val, s.max_val, 0.01),
+    "search_histogram_qparams": lambda s: ops.search_histogram_qparams(s.counts, s.min_val, s.max_val, 256, -128, 127),
     "search_histogram_range": lambda s: ops.search_histogram_range(s.counts, s.min_val, s.max_val, 256),
     "update_qparams_": lambda s: ops.update_qparams_(
         s.x, s.min_val, s.max_val, s.scale, s.zero_point, -128, 127, rule="affine"
+    ),
+    "update_qparams_from_histogram_": lambda s: ops.update_qparams_from_histogram_(
+        s.counts, s.min_val, s.max_val, s.scale, s.zero_point, 256, -128, 127
     ),
 }
 

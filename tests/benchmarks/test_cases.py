@@ -81,6 +81,8 @@ def test_every_operator_is_in_a_case_and_in_the_overhead_suite(name: str) -> Non
         "learnable_fake_quantize_backward": "learnable_fake_quantize fwd+bwd",
         "observe_histogram_": "HistogramObserver",
         "search_histogram_range": "HistogramObserver.calculate_qparams",
+        "search_histogram_qparams": "HistogramObserver.calculate_qparams",
+        "update_qparams_from_histogram_": "FakeQuantize HistogramObserver step",
     }
     assert within.get(name) in CASES or any(case.split(" ")[0].rstrip(",") == name for case in CASES)
     assert name in calls.CALLS

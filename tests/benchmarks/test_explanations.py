@@ -43,6 +43,7 @@ FASTER = {
     "FakeQuantize per channel step",
     "FusedMovingAvgObsFakeQuantize step",
     "FixedQParamsFakeQuantize step",
+    "FakeQuantize HistogramObserver step",
 }
 
 

@@ -1,4 +1,4 @@
-"""Read what ptxas made of a kernel: registers, stack, spills from the cubin; memory accesses and rounding from PTX.
+"""Read what ptxas made of a kernel: registers, stack, spills, SASS from the cubin; accesses and rounding from PTX.
 
 The numbers come from the very cubin that would be loaded (running a ptxas by hand can pick another version). Uses
 Triton's bundled `cuobjdump` and `nvdisasm`.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,16 +56,14 @@ class Access:
 
 def resources(cubin: bytes) -> Resources:
     """Resource usage of the kernel in a cubin. Raises RuntimeError when the tools do not report any."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _run("cuobjdump", "-res-usage", str(path))
+    with _file(cubin) as path:
+        usage = _run("cuobjdump", "-res-usage", path)
         counts = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         if not {"REG", "STACK", "LOCAL"} <= counts.keys():
             raise RuntimeError(f"no resource usage in the cubin: {usage[:300]!r}")
         # Spills live in a stack frame or in local memory. Disassembling takes 0.3 s, so it is done only to count them.
         framed = counts["STACK"] or counts["LOCAL"]
-        sass = _run("nvdisasm", "-c", str(path)) if framed else ""
+        sass = _run("nvdisasm", "-c", path) if framed else ""
         lines = sass.splitlines()
     spills = [number for number, line in enumerate(lines) if re.search(r"\b(?:LDL|STL)\b", line)]
     loops = _loops(lines, r"(\.L_x_\d+):", r"\bBRA\b.*`\((\.L_x_\d+)\)")
@@ -74,6 +74,23 @@ def resources(cubin: bytes) -> Resources:
         spills=len(spills),
         hot_spills=sum(any(first < number < last for first, last in innermost) for number in spills),
     )
+
+
+def opcodes(cubin: bytes) -> Counter[str]:
+    """How often each SASS instruction stands in a cubin, by its name with modifiers: "LDG.E.128.CONSTANT"."""
+    with _file(cubin) as path:
+        sass = _run("nvdisasm", "-c", path)
+    # "        /*0120*/   @!P0 LDG.E R2, desc[UR4][R2.64] ;"
+    return Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE))
+
+
+@contextmanager
+def _file(cubin: bytes) -> Iterator[str]:
+    """Path of a temporary file that holds the cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        yield str(path)
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -138,6 +155,11 @@ def memory_accesses(ptx: str, parameters: Sequence[str]) -> list[Access]:
                 )
             )
     return accesses
+
+
+def atomic_additions(ptx: str, space: str) -> int:
+    """Atomic additions to a state space ("shared", "global") in the PTX, with or without a result."""
+    return len(re.findall(rf"\b(?:red|atom)\.(?:\w+\.)*?{space}(?:::\w+)?\.(?:\w+\.)*?add\b", ptx))
 
 
 def _loops(lines: Sequence[str], label: str, branch: str) -> list[tuple[int, int]]:

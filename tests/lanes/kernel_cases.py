@@ -207,7 +207,7 @@ def _choose_qparams(rule: str) -> KernelCase:
         return {"min_val": low, "max_val": -low, "eps": torch.full((1,), 1e-7, device=device)}
 
     def run(min_val: torch.Tensor, max_val: torch.Tensor, eps: torch.Tensor) -> Outputs:
-        both = qparams._choose_qparams_triton(min_val, max_val, QUANT_MIN, QUANT_MAX, rule, 0, eps)
+        both = qparams.choose_qparams_triton(min_val, max_val, QUANT_MIN, QUANT_MAX, rule, 0, eps)
         return dict(zip(("scale", "zero_point"), both, strict=True))
 
     return KernelCase(

@@ -1,8 +1,13 @@
 """A Triton driver with no GPU behind it: launchers run on CPU tensors, kernels really compile, nothing executes.
 
-Private interfaces used (Triton 3.6 and 3.7): `triton.runtime.driver._active`, the `DriverBase` protocol with `utils`
+Private interfaces used (Triton 3.6 to 3.9): `triton.runtime.driver._active`, the `DriverBase` protocol with `utils`
 and `launcher_cls`, the launcher's call signature, `JITFunction.device_caches`. Not for the interpreter, which never
 asks a driver.
+
+What a version changed, and where it is met:
+
+* 3.8: a compiled kernel that is collected unloads its module, through whatever driver is then active. See
+  `_Utils.load_binary`.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -110,8 +116,13 @@ class LaunchLog:
 class _Utils:
     """Loads nothing; the limits are an H200's."""
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, object, int, int, int]:
-        return object(), object(), 32, 0, 1024  # module, function, registers, spills, most threads in a block
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, object, int, int, int]:
+        """Module, function, registers, spills, most threads in a block.
+
+        The module is None, which is never unloaded: Triton 3.8 would do that long after this driver is gone, fail for
+        want of a driver, and so break whatever Python was at, such as parsing the next kernel.
+        """
+        return None, object(), 32, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
@@ -186,13 +197,17 @@ class NullDriver(DriverBase):
 
 @contextlib.contextmanager
 def null_driver(target: GPUTarget = CUDA_90) -> Iterator[LaunchLog]:
-    """Make launches inside the block compile for `target` and go into the log that is yielded."""
+    """Make launches inside the block compile for `target` and go into the log that is yielded.
+
+    For an AMD target torch says that it was built for AMD, since that is what launchers ask.
+    """
     log = LaunchLog()
     driver = NullDriver(target, log)
     previous = _driver_config._active
     _driver_config.set_active(driver)
     try:
-        yield log
+        with mock.patch.object(torch.version, "hip", "0" if target.backend == "hip" else None):
+            yield log
     finally:
         _driver_config._active = previous
         for function in log.functions:

@@ -201,6 +201,26 @@ def plain_walk(cumulative: np.ndarray, total: float) -> list[tuple[int, int]]:
     return walk
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 1025, 1026, 1027, 1028, 2051, 2052, 2053, 3000])
+def test_the_walk_lands_on_the_step_that_moves(steps: int, device: torch.device):
+    """The kernel looks 1024 steps ahead: jumps to before, to and past the borders of such blocks, and over several.
+
+    The first step drops the last bin, which takes so many steps that the walk then stands still for as long. The step
+    that moves drops one bin more, and that is the best range: the bin below is heavy, and one step later it is gone.
+    """
+    bins, per_step = 64, 100  # a mass of 1e5 steps, 1e7, so that every sum is exact in float32
+    masses = torch.zeros(bins)
+    masses[-1] = steps - 0.5
+    masses[-2] = 0.8
+    masses[-3] = 6900 - 1.6 * steps  # dearer than what a narrower range gains, which the last bin pays for in part
+    masses[0] = 1e5 - masses.double().sum()  # more than a step: the left end stays
+    stock = Stock(bins=bins)
+    stock.histogram = (masses.double() * per_step).round().float()
+    stock.min_val, stock.max_val, stock.dst_nbins = torch.tensor(0.0), torch.tensor(float(bins)), 8
+    assert stock.histogram.sum() == 1e5 * per_step
+    assert check(stock, device) == (0.0, bins - 2.0)
+
+
 @pytest.mark.skipif(INTERPRETER, reason="about the CPU's code alone")
 def test_every_candidate_is_evaluated_once(monkeypatch: pytest.MonkeyPatch):
     """Chunk by chunk; with errors of 0 the walk is taken to its end."""
