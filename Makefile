@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+TRITON ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 
@@ -17,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --timeout 400 --timeout-method 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-interpreter test-ordinary check lint types imports bench report wheel gpu clean
+.PHONY: help demo test test-interpreter test-ordinary lanes lanes-interpreter lanes-ordinary check lint types imports bench report wheel gpu clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,25 @@ test-interpreter: $(STAMP) ## tests with the Triton kernels in Triton's interpre
 
 test-ordinary: $(STAMP) ## tests without the interpreter: CPU path, compile, ahead-of-time compilation
 	$(PYTEST) -m "not interpreter_only and not slow" $(PYTEST_ARGS)
+
+# With TRITON=x.y.z the lanes run with that Triton, installed beside the environment and first on the path.
+ifdef TRITON
+OTHER_TRITON := build/triton-$(TRITON)
+LANES := PYTHONPATH=$(CURDIR)/$(OTHER_TRITON)
+LANES_NEED := $(OTHER_TRITON)/.installed
+endif
+
+lanes: lanes-interpreter lanes-ordinary ## the kernels' lanes alone; TRITON=3.8.0 with another Triton than the environment's
+
+lanes-interpreter: $(STAMP) $(LANES_NEED)
+	$(LANES) TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow" tests/lanes tests/ops $(PYTEST_ARGS)
+
+lanes-ordinary: $(STAMP) $(LANES_NEED)
+	$(LANES) $(PYTEST) -m "not interpreter_only and not slow" tests/lanes $(PYTEST_ARGS)
+
+build/triton-%/.installed: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
 
 check: lint types imports ## ruff, the type checker on the installed wheel, the direction of imports
 

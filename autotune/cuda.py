@@ -82,7 +82,7 @@ def decisions_of(workload: Workload, device: torch.device) -> list[Decision]:
 def launched_kernels() -> Iterator[list[Any]]:
     """Note Triton's CompiledKernel of every launch inside the block.
 
-    Private interface (Triton 3.6 and 3.7): `JITFunction.run` returns the kernel that it launched, and a kernel that was
+    Private interface (Triton 3.6 to 3.9): `JITFunction.run` returns the kernel that it launched, and a kernel that was
     launched has `n_regs` and `n_spills`.
     """
     from triton.runtime.jit import JITFunction

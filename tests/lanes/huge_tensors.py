@@ -4,7 +4,7 @@ The tensors are sparse files: they have addresses and no pages. Loads and stores
 loop only the first and the last turns run, so that only address arithmetic is tested: an offset or a bound that wrapped
 around at 32 bits leaves the tensor, or does not reach its end.
 
-Private interfaces used (Triton 3.6 and 3.7): those of `interpreter_trace`, and `GridExecutor.grid`.
+Private interfaces used (Triton 3.6 to 3.9): those of `interpreter_trace`, and `GridExecutor.grid`.
 """
 
 from __future__ import annotations

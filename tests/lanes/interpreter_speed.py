@@ -3,7 +3,7 @@
 It combines element by element in Python, 0.2 s for 4096 elements. A combine function works on blocks as well as on
 scalars, so the same reduction is done here as a tree of block operations over neighbours, as associativity allows.
 
-Private interface used (Triton 3.6 and 3.7): `triton.runtime.interpreter.ReduceOps.generic_reduce`.
+Private interface used (Triton 3.6 to 3.9): `triton.runtime.interpreter.ReduceOps.generic_reduce`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Recorded for every launch inside a `trace` block:
   an atomic only after a barrier (`tl.debug_barrier`), as on a GPU.
 `order` shuffles the order in which programs run.
 
-Private interfaces used (Triton 3.6 and 3.7): `triton.runtime.interpreter`'s `InterpreterBuilder.create_*` methods,
+Private interfaces used (Triton 3.6 to 3.9): `triton.runtime.interpreter`'s `InterpreterBuilder.create_*` methods,
 `interpreter_builder`, `GridExecutor.__call__`, `TensorHandle`.
 """
 
