@@ -21,7 +21,7 @@ from qkernels.ops.minmax import new_workspace, renewed_workspace
 from qkernels.ops.qparams import choose_qparams_by_rule
 from qkernels.ops.qparams_rules import rule_of, symmetric_zero_point_of
 from qkernels.ops.registration import runs_directly
-from qkernels.ops.small_cpu import fused_fake_quantize_by_torch
+from qkernels.ops.small_cpu import fake_quantize_by_torch, fused_fake_quantize_by_torch
 
 
 def known_off(flag: Tensor) -> bool:
@@ -64,6 +64,9 @@ class FakeQuantizeCore(ABC, nn.Module):
         """
         if X.numel() == 0:
             return X
+        y = self._quantize_small(X)
+        if y is not None:
+            return y
         self._check_input(X)
         scale, zero_point = (self.scale, self.zero_point) if self.frozen else self._observed_qparams(X)
         if known_off(self.fake_quant_enabled):
@@ -79,6 +82,30 @@ class FakeQuantizeCore(ABC, nn.Module):
             self.fake_quant_enabled,
         )
 
+    def _quantize_small(self, X: Tensor) -> Tensor | None:
+        """The step of small CPU tensors that are not observed, in as little Python as can be; else None.
+
+        torch's operator saves a mask, so scale and zero point need not be copied.
+        """
+        buffers = self._buffers  # Module.__getattr__ takes half a microsecond for each
+        scale, zero_point, observing = buffers.get("scale"), buffers.get("zero_point"), buffers.get("observer_enabled")
+        if (
+            INTERPRETED
+            or not runs_directly(X, scale, zero_point, observing)
+            or not (self.frozen or known_off(observing))
+        ):
+            return None
+        observer: Any = self._modules["activation_post_process"]
+        return fake_quantize_by_torch(
+            X,
+            scale,
+            zero_point,
+            observer.quant_min,
+            observer.quant_max,
+            self.ch_axis if self.is_per_channel else None,
+            buffers["fake_quant_enabled"],
+        )
+
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Observe X if the flag says so; (scale, zero_point) that no later observation changes in place."""
         observer = self.activation_post_process
@@ -89,8 +116,7 @@ class FakeQuantizeCore(ABC, nn.Module):
         if isinstance(observer, HistogramCore):
             observer.prepare_state(X)
             self._prepare_state(X, observer.observed_axis)
-            observer.renew_qparams_(X, self.scale, self.zero_point, self._observing)
-            return self.scale.clone(), self.zero_point.clone()
+            return observer.renew_qparams_(X, self.scale, self.zero_point, self._observing)
         if observer.memoryless:
             self._prepare_state(X, observer.observed_axis)
             observer.forget(self._observing)
@@ -262,13 +288,16 @@ class FusedMovingAvgCore(FakeQuantizeCore):
 
     def forward(self, X: Tensor) -> Tensor:
         """Fake quantize `X` with the qparams of everything observed so far, `X` included. See FakeQuantizeCore."""
-        if not (self.frozen or self.consistent_qparams or INTERPRETED) and runs_directly(X, self.scale):
-            observer = self.activation_post_process
+        buffers: Any = self._buffers  # Module.__getattr__ takes half a microsecond for each
+        scale, zero_point = buffers.get("scale"), buffers.get("zero_point")
+        if not (self.frozen or self.consistent_qparams or INTERPRETED) and runs_directly(X, scale, zero_point):
+            observer: Any = self._modules["activation_post_process"]
+            statistics = observer._buffers
             y = fused_fake_quantize_by_torch(
                 X,
-                (observer.min_val, observer.max_val, self.scale, self.zero_point),
-                self.observer_enabled,
-                self.fake_quant_enabled,
+                (statistics["min_val"], statistics["max_val"], scale, zero_point),
+                buffers["observer_enabled"],
+                buffers["fake_quant_enabled"],
                 observer.averaging_constant,
                 observer.quant_min,
                 observer.quant_max,
@@ -278,6 +307,9 @@ class FusedMovingAvgCore(FakeQuantizeCore):
             if y is not None:
                 return y
         return super().forward(X)
+
+    def _quantize_small(self, X: Tensor) -> Tensor | None:
+        return super()._quantize_small(X) if self.frozen else None  # qparams are renewed while nothing is observed too
 
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
         if known_off(self.observer_enabled) and known_off(self.fake_quant_enabled):

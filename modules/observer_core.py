@@ -149,8 +149,9 @@ class MinMaxCore(nn.Module):
         self.prepare_state(x)
         if self.memoryless:
             self.forget(None)
+        state: Any = self._buffers  # Module.__getattr__ takes half a microsecond for each
         observe_minmax_(
-            x, self.min_val, self.max_val, self.averaging_constant, self.observed_axis, None, self.workspace
+            x, state["min_val"], state["max_val"], self.averaging_constant, self.observed_axis, None, state["workspace"]
         )
         return x_orig
 

@@ -264,7 +264,6 @@ def fused_fake_quantize_by_torch(
         and is_range(quant_min, quant_max)
         and min_val.dtype == max_val.dtype == scale.dtype == torch.float32
         and zero_point.dtype == torch.int32
-        and all(t.is_cpu and t.is_contiguous() for t in state)  # it writes through raw pointers
     ):
         return None
     channels = 1
@@ -272,8 +271,9 @@ def fused_fake_quantize_by_torch(
         if x.ndim < 2 or axis not in (0, -x.ndim):  # it takes no others
             return None
         channels = x.shape[0]
-    if any(t.numel() != channels for t in state):
-        return None
+    for tensor in state:
+        if not (tensor.is_cpu and tensor.is_contiguous() and tensor.numel() == channels):  # it writes by raw pointers
+            return None
     refused = math.isnan if observer_enabled.item() else _not_finite  # infinities come before the first batch
     if refused(_smallest(min_val)) or refused(_smallest(max_val)):
         return None

@@ -38,7 +38,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 def mark_written(*tensors: torch.Tensor) -> None:
     """Bump the version counters of tensors that a kernel wrote through raw pointers, as an in-place op would."""
-    for tensor in tensors:
-        if tensor.is_inference():
-            continue  # has no counter, and autograd never saves it
-        torch.autograd.graph.increment_version(tensor)
+    # An inference tensor has no counter, and autograd never saves it.
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
