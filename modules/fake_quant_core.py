@@ -87,7 +87,7 @@ class FakeQuantizeCore(ABC, nn.Module):
 
         torch's operator saves a mask, so scale and zero point need not be copied.
         """
-        buffers = self._buffers  # Module.__getattr__ takes half a microsecond for each
+        buffers: Any = self._buffers  # Module.__getattr__ takes half a microsecond for each
         scale, zero_point, observing = buffers.get("scale"), buffers.get("zero_point"), buffers.get("observer_enabled")
         if (
             INTERPRETED
