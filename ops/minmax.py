@@ -170,8 +170,8 @@ def _observe_minmax_aten(
         return
     batch = extremes(x, axis)
     if averaging_constant is None and x.dtype == min_val.dtype:
-        torch.minimum(batch[0].reshape(min_val.shape), min_val, out=min_val)
-        torch.maximum(batch[1].reshape(max_val.shape), max_val, out=max_val)
+        for value, state, extreme in ((batch[0], min_val, torch.minimum), (batch[1], max_val, torch.maximum)):
+            extreme(value if value.shape == state.shape else value.reshape(state.shape), state, out=state)
     elif not statistics_numpy.observe(batch, min_val, max_val, averaging_constant):
         low, high = fold(*batch, min_val, max_val, averaging_constant)
         min_val.copy_(low)
