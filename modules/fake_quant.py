@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.ao.quantization import fake_quantize as stock
 
-from qkernels.modules.fake_quant_core import FakeQuantizeCore, FixedQParamsCore, FusedMovingAvgCore
+from qkernels.modules.fake_quant_core import FakeQuantizeCore, FusedMovingAvgCore
+from qkernels.modules.fixed_qparams_core import FixedQParamsCore
 from qkernels.modules.minmax import MovingAverageMinMaxObserver
 from qkernels.modules.simple_observers import FixedQParamsObserver
 

@@ -12,18 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.launch import INTERPRETED
 from qkernels.modules.fake_quant_core import FakeQuantizeCore, known_off
+from qkernels.modules.learnable_cpu import SYMMETRIC, learn_on_cpu
 from qkernels.modules.observer_core import MinMaxCore, give_shape
 from qkernels.ops import fake_quantize, learnable_fake_quantize
 from qkernels.ops.checks import check_axis, check_x
-from qkernels.ops.compositions import GRAD_ELEMENTS, gradient_factor, learned_zero_point
+from qkernels.ops.compositions import GRAD_ELEMENTS, learned_zero_point
 from qkernels.ops.lsq import GRAD_MASKS
-from qkernels.ops.registration import runs_directly
-from qkernels.ops.small_cpu import is_range, is_small, learn_per_tensor, learnable_fake_quantize_by_torch
 
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
-SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
 def set_flag(flag: Tensor, value: bool | Tensor) -> None:
@@ -71,7 +68,7 @@ class LearnableCore(FakeQuantizeCore):
     learning_enabled: Tensor
     gradient_enabled: Tensor  # what requires_grad says in torch.ao, on the device
     derived_buffers: tuple[str, ...] = ("gradient_enabled",)
-    _observing_flags: tuple[str, ...] = ("static_enabled",)  # buffers: any of them on observes
+    observing_flags: tuple[str, ...] = ("static_enabled",)  # buffers: any of them on observes
     grad_factor: float | None = None
     grad_scale_elements: str = "tensor"
     grad_mask: str = "rounded"
@@ -136,7 +133,7 @@ class LearnableCore(FakeQuantizeCore):
             ValueError: X's channels do not match scale.
             RuntimeError: the number of channels is unknown in a compiled forward.
         """
-        y = self._learn_on_cpu(X)
+        y = learn_on_cpu(self, X)
         if y is not None:
             return y
         self._check_input(X)
@@ -152,61 +149,9 @@ class LearnableCore(FakeQuantizeCore):
         scale, zero_point = self._qparams(X)
         if known_off(self.fake_quant_enabled):
             return X
-        return learnable_fake_quantize(*self._arguments(X, scale, zero_point))
+        return learnable_fake_quantize(*self.operator_arguments(X, scale, zero_point))
 
-    def _learn_on_cpu(self, X: Tensor) -> Tensor | None:
-        """The stage that lasts, in as little Python as can be, for float32 on the CPU; None where more is to be done.
-
-        Between the layers of a network this code has left the caches: what it does not look up is what makes it fast.
-        """
-        buffers: Any = self._buffers  # Module.__getattr__ takes half a microsecond for each
-        scale, zero_point = self._parameters.get("scale"), self._parameters.get("zero_point")
-        if scale is None or zero_point is None or self.frozen or INTERPRETED or not runs_directly(X, scale, zero_point):
-            return None
-        if not (X.is_cpu and scale.is_cpu and zero_point.is_cpu and X.dtype == scale.dtype == torch.float32):
-            return None
-        for name in self._observing_flags:
-            if buffers[name].item():
-                return None
-        if not buffers["fake_quant_enabled"].item() or X.numel() == 0:
-            return None
-        if not self.is_per_channel:
-            return self._learn_per_tensor(X, scale, zero_point)
-        axis = self.ch_axis
-        if not (-X.ndim <= axis < X.ndim and scale.shape == zero_point.shape == (X.shape[axis],)):
-            return None
-        self._keep_valid()
-        arguments = self._arguments(X, scale, zero_point)
-        y = learnable_fake_quantize_by_torch(*arguments)
-        return learnable_fake_quantize(*arguments) if y is None else y
-
-    def _learn_per_tensor(self, X: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor | None:
-        """The rest of `_learn_on_cpu` for one scale."""
-        if not scale.shape == zero_point.shape == (1,):
-            return None
-        buffers: Any = self._buffers
-        step, code = scale.item(), zero_point.item()
-        if not step >= buffers["eps"].item() or (code and self.qscheme in SYMMETRIC):
-            self._keep_valid()
-            step, code = scale.item(), zero_point.item()
-        quant_min, quant_max, factor = self.quant_min, self.quant_max, self.grad_factor
-        if (
-            is_small(X)
-            and zero_point.dtype == torch.float32
-            and self.grad_mask == "rounded"
-            and is_range(quant_min, quant_max)
-            and quant_max >= 1
-            and buffers["gradient_enabled"].item()
-        ):
-            if factor is None:
-                elements = self.grad_scale_elements if self.use_grad_scaling else None
-                factor = gradient_factor(X, quant_max, 1.0, None, elements)
-            y = learn_per_tensor(X, scale, zero_point, (step, code), quant_min, quant_max, factor)
-            if y is not None:
-                return y
-        return learnable_fake_quantize(*self._arguments(X, scale, zero_point))
-
-    def _arguments(self, X: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Any, ...]:
+    def operator_arguments(self, X: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Any, ...]:
         """Arguments of learnable_fake_quantize."""
         factor = self.grad_factor
         return (
@@ -239,10 +184,10 @@ class LearnableCore(FakeQuantizeCore):
         elif known_off(self._observing):
             if self.is_per_channel and self.scale.numel() == 1:
                 self.give_channels(X.shape[self.ch_axis])
-            self._keep_valid()
+            self.keep_valid()
         elif not (isinstance(observer, MinMaxCore) and observer.runs_core):
             self._observe_with_foreign(X)
-            self._keep_valid()
+            self.keep_valid()
         else:
             if observer.memoryless:
                 self._prepare_state(X, observer.observed_axis)
@@ -254,7 +199,7 @@ class LearnableCore(FakeQuantizeCore):
             return _WithValues.apply(self.scale, self.zero_point, *copies)
         return self.scale, self.zero_point
 
-    def _keep_valid(self) -> None:
+    def keep_valid(self) -> None:
         """Raise the scale to eps and a symmetric zero point to 0, in place, out of autograd's sight as in torch.ao."""
         self._raise_scale()
         if self.qscheme in SYMMETRIC:
@@ -335,7 +280,7 @@ class LearnableCore(FakeQuantizeCore):
 
     def freeze(self) -> None:
         """Stop observing and learning for good and keep scale and zero point."""
-        self._keep_valid()
+        self.keep_valid()
         self._set_observing(False)
         self._set_learning(False)
         for parameter in (self.scale, self.zero_point):  # an optimizer must leave them alone

@@ -21,7 +21,8 @@ except ImportError as error:
     raise ImportError("qkernels.modules.pt2e needs torchao: pip install 'qkernels[torchao]'") from error
 
 from qkernels.modules.factories import counterpart
-from qkernels.modules.fake_quant_core import FakeQuantizeCore, FixedQParamsCore, FusedMovingAvgCore
+from qkernels.modules.fake_quant_core import FakeQuantizeCore, FusedMovingAvgCore
+from qkernels.modules.fixed_qparams_core import FixedQParamsCore
 from qkernels.modules.histogram_core import HistogramCore
 from qkernels.modules.learnable_core import LearnableCore
 from qkernels.modules.observer_core import MinMaxCore, PerChannelMinMaxCore, StockConstructor
@@ -184,7 +185,7 @@ class LearnableFakeQuantize(LearnableCore, stock_learnable.LearnableFakeQuantize
 
     uninitialized: Tensor
     derived_buffers = ("gradient_enabled", "uninitialized")
-    _observing_flags = ("observer_enabled", "uninitialized")
+    observing_flags = ("observer_enabled", "uninitialized")
     _initial_gradient = 0
 
     def __init__(

@@ -25,6 +25,7 @@ from qkernels.ops.compositions import (
 
 Tensor = torch.Tensor
 
+_SMALLEST_NORMAL = 2.0**-126  # of float32
 _ZERO = torch.zeros((), device="cpu")  # whatever the default device
 
 SMALL = 1024  # elements up to which torch's own operator is faster
@@ -183,12 +184,9 @@ def learned_qparams(
             return None
         return scale.float(), inverse, learned_zero_point(zero_point, quant_min, quant_max)
     step, code = scale.item(), zero_point.item()
-    if not step > 0.0 or code != code:
+    if not _SMALLEST_NORMAL <= step < math.inf or code != code:  # 1 / step of a smaller one may overflow
         return None
-    with np.errstate(all="ignore"):
-        reciprocal = float(np.float32(1.0) / np.float32(step))
-    if not 0.0 < reciprocal < math.inf:
-        return None
+    reciprocal = float(np.float32(1.0) / np.float32(step))
     if math.isfinite(code):
         code = round(code)  # ties to even, as torch.round
     return step, reciprocal, float(min(max(code, quant_min), quant_max))
