@@ -57,7 +57,7 @@ lanes-interpreter: $(STAMP) $(LANES_NEED)
 lanes-ordinary: $(STAMP) $(LANES_NEED)
 	$(LANES) $(PYTEST) -m "not interpreter_only and not slow" tests/lanes $(PYTEST_ARGS)
 
-build/triton-%/.installed: $(STAMP)
+build/triton-%/.installed: | $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
 	@touch $@
 

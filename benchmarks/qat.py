@@ -228,6 +228,7 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 _RATIOS = {
     "torch.ao eager / ours eager": (f"torch.ao, {EAGER}", f"qkernels, {EAGER}"),
     "torch.ao eager / ours compiled": (f"torch.ao, {EAGER}", REFERENCE),
+    "torch.ao compiled / ours compiled": (f"torch.ao, {COMPILED}", REFERENCE),
     "ours compiled / float compiled": (REFERENCE, f"float, {COMPILED}"),
 }
 

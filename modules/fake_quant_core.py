@@ -47,6 +47,13 @@ class FakeQuantizeCore(ABC, nn.Module):
     is_per_channel: bool
     ch_axis: int
     frozen: bool = False  # True once `qkernels.freeze` has fixed scale and zero point
+    steps: tuple[str, ...] = ("_observing", "_observed_qparams", "_update_qparams", "_check_input")  # of forward
+    short_ways: bool = True  # False for a subclass with a step of its own, which a short way would pass by
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        owners = [base for base in cls.__mro__ if any(step in vars(base) for step in cls.steps)]
+        cls.short_ways = all(base.__module__.startswith("qkernels.") for base in owners)
 
     @property
     def _observing(self) -> Tensor:
@@ -88,23 +95,15 @@ class FakeQuantizeCore(ABC, nn.Module):
         torch's operator saves a mask, so scale and zero point need not be copied.
         """
         buffers: Any = self._buffers  # Module.__getattr__ takes half a microsecond for each
-        scale, zero_point, observing = buffers.get("scale"), buffers.get("zero_point"), buffers.get("observer_enabled")
-        if (
-            INTERPRETED
-            or not runs_directly(X, scale, zero_point, observing)
-            or not (self.frozen or known_off(observing))
-        ):
+        scale, zero_point = buffers.get("scale"), buffers.get("zero_point")
+        flags = observing, enabled = buffers.get("observer_enabled"), buffers.get("fake_quant_enabled")
+        if INTERPRETED or not self.short_ways or not runs_directly(X, scale, zero_point, *flags):
             return None
-        observer: Any = self._modules["activation_post_process"]
-        return fake_quantize_by_torch(
-            X,
-            scale,
-            zero_point,
-            observer.quant_min,
-            observer.quant_max,
-            self.ch_axis if self.is_per_channel else None,
-            buffers["fake_quant_enabled"],
-        )
+        if not (self.frozen or known_off(observing)) or known_off(enabled):
+            return None
+        observer = self.activation_post_process
+        axis = self.ch_axis if self.is_per_channel else None
+        return fake_quantize_by_torch(X, scale, zero_point, observer.quant_min, observer.quant_max, axis, enabled)
 
     def _observed_qparams(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Observe X if the flag says so; (scale, zero_point) that no later observation changes in place."""
@@ -288,25 +287,32 @@ class FusedMovingAvgCore(FakeQuantizeCore):
 
     def forward(self, X: Tensor) -> Tensor:
         """Fake quantize `X` with the qparams of everything observed so far, `X` included. See FakeQuantizeCore."""
+        y = self._fused_small(X)
+        return super().forward(X) if y is None else y
+
+    def _fused_small(self, X: Tensor) -> Tensor | None:
+        """The whole step of small CPU tensors by torch's fused operator; else None."""
+        if self.frozen or self.consistent_qparams or INTERPRETED or not self.short_ways:
+            return None
         buffers: Any = self._buffers  # Module.__getattr__ takes half a microsecond for each
-        scale, zero_point = buffers.get("scale"), buffers.get("zero_point")
-        if not (self.frozen or self.consistent_qparams or INTERPRETED) and runs_directly(X, scale, zero_point):
-            observer: Any = self._modules["activation_post_process"]
-            statistics = observer._buffers
-            y = fused_fake_quantize_by_torch(
-                X,
-                (statistics["min_val"], statistics["max_val"], scale, zero_point),
-                buffers["observer_enabled"],
-                buffers["fake_quant_enabled"],
-                observer.averaging_constant,
-                observer.quant_min,
-                observer.quant_max,
-                self.observed_axis,
-                self.is_symmetric_quant,
-            )
-            if y is not None:
-                return y
-        return super().forward(X)
+        observer: Any = self._modules.get("activation_post_process")
+        if observer is None:
+            return None
+        statistics = observer._buffers
+        state = statistics.get("min_val"), statistics.get("max_val"), buffers.get("scale"), buffers.get("zero_point")
+        flags = buffers.get("observer_enabled"), buffers.get("fake_quant_enabled")
+        if not runs_directly(X, *state, *flags):
+            return None
+        return fused_fake_quantize_by_torch(
+            X,
+            state,
+            *flags,
+            observer.averaging_constant,
+            observer.quant_min,
+            observer.quant_max,
+            self.observed_axis,
+            self.is_symmetric_quant,
+        )
 
     def _quantize_small(self, X: Tensor) -> Tensor | None:
         return super()._quantize_small(X) if self.frozen else None  # qparams are renewed while nothing is observed too

@@ -121,7 +121,10 @@ class HistogramCore(nn.Module):
 
     def _has_own_steps(self) -> bool:
         """Whether the search or the rule is a user's: then each is called, where ours are one operator."""
-        return self.own_search or self.own_rule or "_non_linear_param_search" in self.__dict__
+        return self.own_search or self._rule_is_own() or "_non_linear_param_search" in self.__dict__
+
+    def _rule_is_own(self) -> bool:
+        return self.own_rule or "_calculate_qparams" in self.__dict__
 
     def _how(self) -> dict[str, Any]:
         """Arguments of the search for qparams."""
@@ -135,7 +138,7 @@ class HistogramCore(nn.Module):
         }
 
     def _qparams_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        if self.own_rule:
+        if self._rule_is_own():
             own: Any = self
             scale, zero_point = own._calculate_qparams(low, high)
             return scale, zero_point

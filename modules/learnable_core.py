@@ -7,6 +7,7 @@ and zero point are Parameters that require a gradient in every stage, and get ze
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ def set_flag(flag: Tensor, value: bool | Tensor) -> None:
         flag.copy_(value.reshape(()))
     else:
         flag.fill_(int(value))
+
+
+def _written_in_the_graph() -> contextlib.AbstractContextManager[Any]:
+    """A context in which torch.compile writes Parameters in its graph, in place, and not in copies after it.
+
+    torch.export would put what is done in it into a submodule.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return torch.no_grad()
+    return contextlib.nullcontext()
 
 
 class _WithValues(torch.autograd.Function):
@@ -68,6 +79,7 @@ class LearnableCore(FakeQuantizeCore):
     learning_enabled: Tensor
     gradient_enabled: Tensor  # what requires_grad says in torch.ao, on the device
     derived_buffers: tuple[str, ...] = ("gradient_enabled",)
+    steps = (*FakeQuantizeCore.steps, "_qparams", "keep_valid", "_raise_scale", "operator_arguments")
     observing_flags: tuple[str, ...] = ("static_enabled",)  # buffers: any of them on observes
     grad_factor: float | None = None
     grad_scale_elements: str = "tensor"
@@ -192,7 +204,7 @@ class LearnableCore(FakeQuantizeCore):
             if observer.memoryless:
                 self._prepare_state(X, observer.observed_axis)
                 observer.forget(self._observing)
-            with torch.no_grad():  # so torch.compile writes them in its graph, in place, and not in copies after it
+            with _written_in_the_graph():
                 copies = self._update_qparams(X, observer, scale_floor=self.eps)
             if not (self.scale.requires_grad or self.zero_point.requires_grad):
                 return copies

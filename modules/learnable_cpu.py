@@ -9,9 +9,15 @@ from torch import Tensor
 
 from qkernels.launch import INTERPRETED
 from qkernels.ops import learnable_fake_quantize
-from qkernels.ops.compositions import gradient_factor
+from qkernels.ops.compositions import GRAD_ELEMENTS, gradient_factor
 from qkernels.ops.registration import runs_directly
-from qkernels.ops.small_cpu import is_range, is_small, learn_per_tensor, learnable_fake_quantize_by_torch
+from qkernels.ops.small_cpu import (
+    is_known_on,
+    is_range,
+    is_small,
+    learn_per_tensor,
+    learnable_fake_quantize_by_torch,
+)
 
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
@@ -23,20 +29,24 @@ def learn_on_cpu(quantizer: Any, X: Tensor) -> Tensor | None:
     """
     # Module.__getattr__ takes half a microsecond for each.
     parameters, buffers = quantizer._parameters, quantizer._buffers
-    scale, zero_point = parameters.get("scale"), parameters.get("zero_point")
-    if quantizer.frozen or INTERPRETED or not runs_directly(X, scale, zero_point):
+    scale, zero_point, eps = parameters.get("scale"), parameters.get("zero_point"), buffers.get("eps")
+    if not quantizer.short_ways or quantizer.frozen or INTERPRETED or not runs_directly(X, scale, zero_point, eps):
         return None
     if not (X.is_cpu and scale.is_cpu and zero_point.is_cpu and X.dtype == scale.dtype == torch.float32):
         return None
     for name in quantizer.observing_flags:
-        if buffers[name].item():
+        flag = buffers.get(name)
+        if flag is None or flag.item():
             return None
-    if not buffers["fake_quant_enabled"].item() or X.numel() == 0:
+    flag = buffers.get("fake_quant_enabled")
+    if flag is None or not is_known_on(flag) or X.numel() == 0:
         return None
     if not quantizer.is_per_channel:
-        return _learn_per_tensor(quantizer, X, scale, zero_point)
+        return _learn_one_scale(quantizer, X, scale, zero_point, eps)
     axis = quantizer.ch_axis
-    if not (-X.ndim <= axis < X.ndim and scale.shape == zero_point.shape == (X.shape[axis],)):
+    if type(axis) is not int or not -X.ndim <= axis < X.ndim:
+        return None
+    if not scale.shape == zero_point.shape == (X.shape[axis],):
         return None
     quantizer.keep_valid()
     arguments = quantizer.operator_arguments(X, scale, zero_point)
@@ -44,23 +54,25 @@ def learn_on_cpu(quantizer: Any, X: Tensor) -> Tensor | None:
     return learnable_fake_quantize(*arguments) if y is None else y
 
 
-def _learn_per_tensor(quantizer: Any, X: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor | None:
-    """The rest of `learn_on_cpu` for one scale."""
-    if not scale.shape == zero_point.shape == (1,):
+def _learn_one_scale(quantizer: Any, X: Tensor, scale: Tensor, zero_point: Tensor, eps: Tensor) -> Tensor | None:
+    """The rest of `learn_on_cpu`, per tensor."""
+    if not scale.shape == zero_point.shape == eps.shape == (1,):
         return None
-    buffers = quantizer._buffers
     step, code = scale.item(), zero_point.item()
-    if not step >= buffers["eps"].item() or (code and quantizer.qscheme in SYMMETRIC):
+    if not step >= eps.item() or (code and quantizer.qscheme in SYMMETRIC):
         quantizer.keep_valid()
         step, code = scale.item(), zero_point.item()
     quant_min, quant_max, factor = quantizer.quant_min, quantizer.quant_max, quantizer.grad_factor
+    learning = quantizer._buffers.get("gradient_enabled")
     if (
         is_small(X)
         and zero_point.dtype == torch.float32
         and quantizer.grad_mask == "rounded"
+        and quantizer.grad_scale_elements in GRAD_ELEMENTS
         and is_range(quant_min, quant_max)
         and quant_max >= 1
-        and buffers["gradient_enabled"].item()
+        and learning is not None
+        and is_known_on(learning)
     ):
         if factor is None:
             elements = quantizer.grad_scale_elements if quantizer.use_grad_scaling else None

@@ -49,6 +49,7 @@ def search_aten(
     low, high = min_val.clone(), max_val.clone()
     if enabled is not None and not enabled.item():
         return low, high
+    histogram = histogram.detach()  # NumPy reads it
     if histogram.dtype != torch.float32 or not histogram.is_contiguous():
         histogram = histogram.float().contiguous()
     if histogram.ndim == 1:

@@ -25,7 +25,7 @@ SMALL = 1 << 14  # elements
 CODE_LIMIT = 2.0**62  # torch's operators convert codes to int64
 
 
-def _is_on(flag: Tensor | None) -> bool:
+def is_known_on(flag: Tensor | None) -> bool:
     """Whether this, unchecked, is a flag and on, or None."""
     return flag is None or (flag.is_cpu and flag.numel() == 1 and flag.dtype in FLAG_DTYPES and flag.item() != 0)
 
@@ -68,9 +68,10 @@ def _not_finite(value: float) -> bool:
 def _exact_per_tensor(x: Tensor, step: float, code: float) -> bool:
     """Whether torch's learnable operator gives our numbers for a scale of `step` and a zero point of `code`.
 
-    Without NaN, and with no code of x above int64. What is below becomes the lowest int64, which saturates rightly.
+    Without NaN, and with no code of x above int64. What is below x86-64 and AArch64 make the lowest int64, as it should
+    be.
     """
-    return step > 1e-37 and abs(code) < EXACT_BOUND and torch.max(x.detach()).item() < CODE_LIMIT * step
+    return 1e-37 < step < math.inf and abs(code) < EXACT_BOUND and torch.max(x.detach()).item() < CODE_LIMIT * step
 
 
 def exact_for_torch(
@@ -115,12 +116,15 @@ def learn_per_tensor(
         quant_min: smallest code, at least -EXACT_BOUND.
         quant_max: largest code, at most EXACT_BOUND.
         factor: of the gradients of scale and zero point.
+
+    Returns:
+        y, or None where torch's operator would give other numbers.
     """
     step, code = qparams
     if not _exact_per_tensor(x, step, code):
         return None
     shift = _learned_code(code, quant_min, quant_max)
-    if shift:
+    if shift or abs(code) > 0.25:  # torch's backward takes the code of 0.5 to be 1
         zero_point = zero_point - zero_point.detach()  # 0, through which the gradient passes
     return torch._fake_quantize_learnable_per_tensor_affine(
         x, scale, zero_point, quant_min - shift, quant_max - shift, factor
@@ -148,8 +152,8 @@ def learnable_fake_quantize_by_torch(
         and scale.dtype == zero_point.dtype == torch.float32
         and grad_mask == "rounded"
         and is_range(quant_min, quant_max)
-        and _is_on(enabled)
-        and _is_on(learning)
+        and is_known_on(enabled)
+        and is_known_on(learning)
     ):
         return None
     if axis is None:
@@ -216,7 +220,7 @@ def fake_quantize_by_torch(
         and not scale.requires_grad
         and not zero_point.requires_grad
         and is_range(quant_min, quant_max)
-        and _is_on(enabled)
+        and is_known_on(enabled)
     ):
         return None
     if axis is None:
@@ -259,7 +263,7 @@ def fused_fake_quantize_by_torch(
     if not (
         is_small(x)
         and x.ndim > 0
-        and _is_on(fake_quant_enabled)
+        and is_known_on(fake_quant_enabled)
         and observer_enabled.is_cpu
         and is_range(quant_min, quant_max)
         and min_val.dtype == max_val.dtype == scale.dtype == torch.float32

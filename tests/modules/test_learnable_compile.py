@@ -320,3 +320,11 @@ def _callers(event: Any) -> Iterator[str]:
     while event.cpu_parent is not None:
         event = event.cpu_parent
         yield event.name
+
+
+def test_export_shows_the_operators(device: torch.device) -> None:
+    """At the top level, where those who look for them look: not in a submodule of what runs under no_grad."""
+    module = Case("torch.ao").mine(device)
+    program = torch.export.export(module, (batch(1, device),))
+    names = [node.name for node in program.graph.nodes if node.op == "call_function"]
+    assert {"update_qparams_", "learnable_fake_quantize"} <= set(names)

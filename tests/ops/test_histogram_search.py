@@ -254,3 +254,15 @@ def test_jumps_miss_no_step(seed: int):
     cumulative = np.cumsum(histogram, dtype=np.float64).astype(np.float32)
     total = float(cumulative[-1])
     assert list(candidates(cumulative.tolist(), total)) == plain_walk(cumulative, total)
+
+
+def test_a_histogram_may_require_a_gradient(device: torch.device) -> None:
+    """It gets none, and the result requires none."""
+    histogram = torch.rand(64, generator=torch.Generator().manual_seed(0)).to(device)
+    ends = torch.tensor(-1.0, device=device), torch.tensor(1.0, device=device)
+    expected = ops.search_histogram_range(histogram, *ends, 16)
+    for search in (ops.search_histogram_range, torch.ops.qkernels.search_histogram_range):
+        found = search(histogram.clone().requires_grad_(), *ends, 16)
+        for value, other in zip(found, expected, strict=True):
+            assert not value.requires_grad
+            assert torch.equal(value, other)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(INTERPRETER, reason="with the interpreter the ke
 X = torch.linspace(-3, 3, 60).reshape(3, 4, 5)
 SCALE, ZERO = torch.tensor([0.1]), torch.tensor([0.0])
 SCALES, ZEROS = torch.tensor([0.1, 0.2, 0.05]), torch.zeros(3)
+ONE, EDGES = torch.tensor([1.0]), torch.tensor([127.0, -129.0, 128.0, -128.0, 0.0])
 TIES = (torch.arange(-8, 8) + 0.5) * 0.25
 SUBNORMAL = torch.tensor([1e-39])
 
@@ -49,6 +50,12 @@ SERVED = {
     "negative": ((X, SCALE, torch.tensor([-2.0]), -8, 7), {}),
     "just below 0": ((X, SCALE, torch.tensor([-0.3]), -8, 7), {}),
     "a tie": ((X, SCALE, torch.tensor([2.5]), 0, 15), {}),
+    # Code 0, where torch's backward adds 0.5 and truncates. x saturates just above and just below.
+    "half a code": ((EDGES, ONE, torch.tensor([0.5]), -128, 127), {}),
+    "almost half": ((EDGES, ONE, torch.tensor([0.49999997]), -128, 127), {}),
+    "minus half": ((EDGES, ONE, torch.tensor([-0.5]), -128, 127), {}),
+    "a quarter": ((EDGES, ONE, torch.tensor([0.25]), -128, 127), {}),
+    "tiny": ((EDGES, ONE, torch.tensor([-1e-9]), -128, 127), {}),
     "range above 0": ((X, SCALE, torch.tensor([3.0]), 1, 15), {}),
     "per channel": ((X, SCALES, ZEROS, -8, 7), {"axis": 0}),
     "flags": ((X, SCALE, ZERO, -8, 7), {"enabled": flag(1), "learning": flag(1)}),
@@ -69,6 +76,7 @@ NOT_SERVED = {
     "infinite zero point": ((X, SCALE, torch.tensor([math.inf]), 0, 15), {}),
     "subnormal scale": ((X, SUBNORMAL, ZERO, -8, 7), {}),
     "negative scale": ((X, -SCALE, ZERO, -8, 7), {}),
+    "infinite scale": ((with_value(-math.inf), SCALE * math.inf, torch.tensor([7.0]), 0, 15), {}),
     "NaN scale": ((X, SCALE * math.nan, ZERO, -8, 7), {}),
     "one NaN scale": ((X, SCALES * torch.tensor([1, math.nan, 1]), ZEROS, -8, 7), {"axis": 0}),
     "per channel, range above 0": ((X, SCALES, ZEROS, 1, 15), {"axis": 0}),
