@@ -265,7 +265,7 @@ def case_name(model: str) -> str:
 
 
 def rows(models: Iterable[str], device: torch.device, rounds: int | None = None) -> Iterator[QATRow]:
-    """One row per model. `rounds` None takes 10 for small models and 3 for large ones."""
+    """One row per model. `rounds` None takes 30 for small models and 5 for large ones."""
     how = KEPT if device.type == "cpu" and keep_freed_memory() else WALL_TIME
     for name in models:
         try:
@@ -273,7 +273,7 @@ def rows(models: Iterable[str], device: torch.device, rounds: int | None = None)
         except WrongResult as error:
             yield QATRow(name, {}, {}, case_name(name), "", (), "", how, {}, wrong=[str(error)])
             continue
-        samples = measure(steps, rounds or (3 if name in LARGE_MODELS else 10))
+        samples = measure(steps, rounds or (5 if name in LARGE_MODELS else 30))
         yield row_of(name, samples, absent, x, how)
 
 
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", action="append", choices=MODELS, help="only this one (repeatable); without, the small ones"
     )
-    parser.add_argument("--rounds", type=arguments.positive, help="of turns; default: 10, and 3 for the large models")
+    parser.add_argument("--rounds", type=arguments.positive, help="of turns; default: 30, and 5 for the large models")
     parser.add_argument("--threads", type=arguments.positive, default=1)
     parser.add_argument("--device", type=arguments.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=arguments.output, metavar="FILE", help="also write the results there")

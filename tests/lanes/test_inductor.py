@@ -94,7 +94,7 @@ def test_cpu_code(name: str):
 
 
 def test_cpu_code_of_a_learned_activation_has_one_loop():
-    """Between two convolutions: the relu's backward, dx and both sums, in one pass over x and dy."""
+    """Between two convolutions: the relu's backward, dx and both sums, in one pass over x and dy, without a division."""
     scale, zero_point = (torch.tensor([value], requires_grad=True) for value in (0.03, 3.0))
     enabled = torch.ones(1, dtype=torch.uint8)
     before, after = (torch.nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
@@ -114,4 +114,7 @@ def test_cpu_code_of_a_learned_activation_has_one_loop():
 
     x = torch.randn(2, 8, 20, 20)
     _, (_, code) = run_and_get_code(step, x)
-    assert len(re.findall(rf"for\(.*<static_cast<int64_t>\({x.numel()}L\)", code)) == 1
+    (loop,) = re.finditer(rf"for\(.*<static_cast<int64_t>\({x.numel()}L\)", code)
+    body = code[loop.end() : code.index("''')", loop.end())]
+    assert ".store(" in body
+    assert not re.search(r"tmp\d+ / tmp\d+", body)  # 1 / scale is computed before
