@@ -94,7 +94,7 @@ def test_cpu_code(name: str):
 
 
 def test_cpu_code_of_a_learned_activation_has_one_loop():
-    """Between two convolutions: the relu's backward, dx and both sums, in one pass over x and dy, without a division."""
+    """Between two convolutions: the relu's backward, dx and both sums, in one pass, without a division."""
     scale, zero_point = (torch.tensor([value], requires_grad=True) for value in (0.03, 3.0))
     enabled = torch.ones(1, dtype=torch.uint8)
     before, after = (torch.nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
