@@ -62,7 +62,7 @@ def _check(update: _Update) -> _Update:
             )
     if update.fused and update.averaging_constant is None:
         raise ValueError(f"{op}: averaging_constant must be given for rule {update.rule!r}; got None")
-    return update._replace(axis=axis)
+    return update if axis == update.axis else update._replace(axis=axis)
 
 
 def _kept(update: _Update) -> tuple[Tensor, Tensor]:
@@ -218,8 +218,8 @@ _update_qparams_op = not_differentiable(
 )
 
 
-# Elements up to which a reduction in vain costs less than calling the operator (25 us, one CPU, torch 2.13).
-_SMALL = 1 << 14
+# Elements up to which a reduction in vain costs less than calling the operator (11 us, one CPU, torch 2.13).
+_SMALL = 1 << 16
 
 
 def _keep(*args: Any, **kwargs: Any) -> bool:
