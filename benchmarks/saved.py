@@ -205,7 +205,7 @@ def _of_model(row: dict[str, Any]) -> tuple[Steps, list[Comparison], list[Aside]
                 suite=STEPS,
                 case=row["model"],
                 input=way,
-                how="wall time",
+                how=row.get("how", "wall time"),
                 peer=peer,
                 ours=ours,
                 theirs=theirs,
@@ -215,7 +215,7 @@ def _of_model(row: dict[str, Any]) -> tuple[Steps, list[Comparison], list[Aside]
             )
         )
     asides = [
-        Aside("not measured", row["model"], "step", "wall time", f"{way}: {_text(reason)}")
+        Aside("not measured", row["model"], "step", row.get("how", "wall time"), f"{way}: {_text(reason)}")
         for way, reason in row.get("absent", {}).items()
     ]
     return Steps(row["model"], times), comparisons, asides
