@@ -22,6 +22,7 @@ from qkernels.ops.qparams_rules import SMALL_SCALE
 Tensor = torch.Tensor
 
 SMALL = 1 << 14  # elements
+FUSED = 1 << 15  # the same for the fused operator where a backward follows, which is one product with its mask
 CODE_LIMIT = 2.0**62  # torch's operators convert codes to int64
 
 
@@ -30,14 +31,14 @@ def is_known_on(flag: Tensor | None) -> bool:
     return flag is None or (flag.is_cpu and flag.numel() == 1 and flag.dtype in FLAG_DTYPES and flag.item() != 0)
 
 
-def is_small(x: Tensor) -> bool:
-    """Whether x is one of those that torch's operators are faster for.
+def is_small(x: Tensor, most: int | None = None) -> bool:
+    """Whether x is one of those that torch's operators are faster for: it has at most `most` elements, None for SMALL.
 
     Not where saved tensors are looked at: a checkpoint wants to see the same ones twice, and which operator serves may
     depend on qparams that the recomputation has moved.
     """
     return (
-        0 < x.numel() <= SMALL
+        0 < x.numel() <= (SMALL if most is None else most)
         and x.is_cpu
         and x.dtype == torch.float32
         and x.is_contiguous()
@@ -261,7 +262,7 @@ def fused_fake_quantize_by_torch(
     """
     min_val, max_val, scale, zero_point = state
     if not (
-        is_small(x)
+        is_small(x, FUSED if x.requires_grad and torch.is_grad_enabled() else None)
         and x.ndim > 0
         and is_known_on(fake_quant_enabled)
         and observer_enabled.is_cpu

@@ -303,7 +303,9 @@ def test_training_and_inference_compiled(face: str, device: torch.device) -> Non
         s.check_bits(y, expected.cpu(), "y without gradients")
 
 
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 copies written Parameters after the graph all the same")
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11 copies written Parameters after the graph all the same"
+)
 @EACH_FACE
 def test_qparams_are_written_in_the_graph(face: str, device: torch.device) -> None:
     """Not by copies that AOTAutograd makes after it, one per Parameter and step: a launch each on a GPU."""
