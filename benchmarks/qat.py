@@ -52,7 +52,7 @@ class QATRow:
     Attributes:
         model: its name.
         milliseconds: median of a step, by way.
-        ratios: of the medians; above 1 ours is faster in the first two, slower in the third.
+        ratios: of the medians; above 1 ours is faster, and in that to float slower.
         case: as in the other suites.
         input: the batch's shape.
         shape: the batch's shape.

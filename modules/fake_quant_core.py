@@ -47,12 +47,12 @@ class FakeQuantizeCore(ABC, nn.Module):
     is_per_channel: bool
     ch_axis: int
     frozen: bool = False  # True once `qkernels.freeze` has fixed scale and zero point
-    steps: tuple[str, ...] = ("_observing", "_observed_qparams", "_update_qparams", "_check_input")  # of forward
+    forward_steps: tuple[str, ...] = ("_observing", "_observed_qparams", "_update_qparams", "_check_input")
     short_ways: bool = True  # False for a subclass with a step of its own, which a short way would pass by
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        owners = [base for base in cls.__mro__ if any(step in vars(base) for step in cls.steps)]
+        owners = [base for base in cls.__mro__ if any(step in vars(base) for step in cls.forward_steps)]
         cls.short_ways = all(base.__module__.startswith("qkernels.") for base in owners)
 
     @property

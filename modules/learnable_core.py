@@ -79,7 +79,7 @@ class LearnableCore(FakeQuantizeCore):
     learning_enabled: Tensor
     gradient_enabled: Tensor  # what requires_grad says in torch.ao, on the device
     derived_buffers: tuple[str, ...] = ("gradient_enabled",)
-    steps = (*FakeQuantizeCore.steps, "_qparams", "keep_valid", "_raise_scale", "operator_arguments")
+    forward_steps = (*FakeQuantizeCore.forward_steps, "_qparams", "keep_valid", "_raise_scale", "operator_arguments")
     observing_flags: tuple[str, ...] = ("static_enabled",)  # buffers: any of them on observes
     grad_factor: float | None = None
     grad_scale_elements: str = "tensor"

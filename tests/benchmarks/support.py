@@ -20,7 +20,7 @@ EIGHT = Input((8,))
 
 def planted(bench: Bench, contract: Bench | None = None) -> Case:
     """A case of `bench`, with another one on the CPU where a contract is given."""
-    build: Callable[[torch.device], Bench] = lambda device: contract or bench if device == CPU else bench  # noqa: E731
+    build: Callable[[torch.device], Bench] = lambda device: contract or bench if device == CPU else bench  # noqa: E731  a field of that name
     return Case("planted", build, passes=1, cpu=(EIGHT,), cpu_quick=(EIGHT,), cuda=(EIGHT,))
 
 

@@ -39,7 +39,7 @@ def test_case_passes_its_gate(name: str, device: torch.device) -> None:
 def test_the_gate_of_a_module_sees_its_state_after_two_batches() -> None:
     x = torch.tensor([[-2.0, 4.0]])
     first, second = module_cases.after_two_batches(qkernels.modules.MinMaxObserver(), module_cases.observe, x)
-    assert [after[1]["max_val"].item() for after in (first, second)] == [4.0, 6.0]  # type: ignore[index]
+    assert [after[1]["max_val"].item() for after in (first, second)] == [4.0, 6.0]  # type: ignore[index]  # of an object
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -155,7 +155,7 @@ def test_a_package_with_another_interface_is_named(monkeypatch: pytest.MonkeyPat
     def make() -> object:
         return peers.load("json", "fake_tensor_quant")
 
-    taking_part, absent = gather(CPU, {}, {MODELOPT: make})  # type: ignore[dict-item]
+    taking_part, absent = gather(CPU, {}, {MODELOPT: make})  # type: ignore[dict-item]  # typed as object
     assert taking_part == {}
     assert absent == {MODELOPT: "installed, but json has no fake_tensor_quant"}
 

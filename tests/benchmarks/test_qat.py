@@ -41,7 +41,7 @@ def small_resnet() -> models.Made:
 @pytest.mark.parametrize("make", [small_gpt, small_resnet])
 def test_all_eager_ways_train(make: object) -> None:
     """The same losses from torch.ao's quantizers and ours, in a network of each kind."""
-    steps, absent, x = qat.variants(make, CPU, compiles=False)  # type: ignore[arg-type]
+    steps, absent, x = qat.variants(make, CPU, compiles=False)  # type: ignore[arg-type]  # a parameter of pytest
     assert list(steps) == ["float, eager", "torch.ao, eager", "qkernels, eager"]
     assert absent == {"torch.ao, CUDA graph": "no GPU", "qkernels, CUDA graph": "no GPU"}
     samples = qat.measure(steps, 2)
@@ -52,7 +52,7 @@ def test_all_eager_ways_train(make: object) -> None:
 
 def test_a_turn_starts_with_a_step_that_is_not_timed() -> None:
     called: list[str] = []
-    samples = qat.measure({name: lambda name=name: called.append(name) for name in "abc"}, 5)  # type: ignore[misc]
+    samples = qat.measure({name: lambda name=name: called.append(name) for name in "abc"}, 5)  # type: ignore[misc]  # bound by its default
     turn = 1 + qat.STEPS_OF_A_TURN
     turns = [called[start : start + turn] for start in range(0, len(called), turn)]
     assert all(len(set(steps)) == 1 and len(steps) == turn for steps in turns)
